@@ -34,7 +34,9 @@ def check_finite(**named: Tensor) -> None:
         bad = ~torch.isfinite(tensor)
         if bool(bad.any()):
             index = tuple(int(i) for i in bad.nonzero()[0])
-            raise ValueError(f"{name} must be finite, got {tensor[index].item()} at index {index} of {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{name} must be finite, got {tensor[index].item()} at index {index} of {tuple(tensor.shape)}"
+            )
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
