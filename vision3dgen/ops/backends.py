@@ -1,0 +1,97 @@
+"""Which implementation runs an operator, and in which precision.
+
+`torch` (default) needs no compiler: SciPy's KD-tree where it wins on CPU, tiled torch elsewhere. `pytorch3d` hands the
+call to PyTorch3D. The choice is explicit, by argument or by `use_backend`: a backend that is not installed is an error,
+never a silent change of numbers.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from vision3dgen.checks import check_choice
+
+BACKENDS = ("torch", "pytorch3d")
+_chosen: ContextVar[str] = ContextVar("backend", default="torch")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every operator inside the block on this backend, unless a call names its own.
+
+    Raises ImportError, saying what to install, when the backend is missing.
+    """
+    resolve_backend(name)
+    token = _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def resolve_backend(name: str | None = None) -> str:
+    """The backend to run on: the one named, else the one of the enclosing `use_backend`, else `torch`."""
+    name = _chosen.get() if name is None else name
+    check_choice("backend", name, BACKENDS)
+    if name == "pytorch3d":
+        import_pytorch3d("pytorch3d")
+    return name
+
+
+def import_pytorch3d(module: str) -> Any:
+    """PyTorch3D's `module`, or an ImportError that says how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f'backend "pytorch3d" needs {module}, which does not import here ({error}): '
+            'pip install "vision3dgen[pytorch3d]"'
+        ) from error
+
+
+def full_precision(function: Callable[P, R]) -> Callable[P, R]:
+    """Compute a geometric function in float32 or better, inside autocast too, and cast what it returns back.
+
+    Tensors in half precision are raised to float32; the results have the type the arguments would promote to.
+    Meshes and point clouds keep the type they hold.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
+        if not tensors:
+            return function(*args, **kwargs)
+        dtype = functools.reduce(torch.promote_types, [x.dtype for x in tensors])
+        half = dtype in (torch.float16, torch.bfloat16)
+        device_type = tensors[0].device.type
+        if not any(x.dtype in (torch.float16, torch.bfloat16) for x in tensors) and not torch.is_autocast_enabled(
+            device_type
+        ):
+            return function(*args, **kwargs)
+        raised = torch.float32 if half else dtype
+        with torch.autocast(device_type, enabled=False):
+            result = function(*_cast(args, raised), **_cast(kwargs, raised))
+        return _cast(result, dtype) if half else result
+
+    return wrapped
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """The floating tensors of a (named) tuple or dict as `dtype`."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _cast(item, dtype) for key, item in value.items()}
+    if isinstance(value, tuple):
+        items = [_cast(item, dtype) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return value
