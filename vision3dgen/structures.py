@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -92,6 +92,9 @@ def _select(index: Any, length: int, device: torch.device) -> Int[Tensor, " M"]:
     return members[index]
 
 
+_Batch = TypeVar("_Batch", bound="_Ragged")
+
+
 class _Ragged:
     """What `Meshes` and `Pointclouds` share: moving, indexing and splitting through their fields."""
 
@@ -101,13 +104,13 @@ class _Ragged:
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"{type(self).__name__} is immutable: build a new one instead of setting {name!r}")
 
-    def _fields(self, **fields: Any) -> Self:
+    def _fields(self: _Batch, **fields: Any) -> _Batch:
         """A new object of the same class with these fields and nothing cached."""
         new = object.__new__(type(self))
         new.__dict__.update(fields)
         return new
 
-    def _map(self, function: Any) -> Self:
+    def _map(self: _Batch, function: Any) -> _Batch:
         fields = {
             name: None if self.__dict__[name] is None else function(self.__dict__[name]) for name in self._tensors
         }
@@ -125,24 +128,24 @@ class _Ragged:
     def device(self) -> torch.device:
         return self.__dict__[self._tensors[0]].device
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self: _Batch, device: torch.device | str) -> _Batch:
         """The same batch on another device."""
         return self._map(lambda tensor: tensor.to(device))
 
-    def pin_memory(self) -> Self:
+    def pin_memory(self: _Batch) -> _Batch:
         """The same batch in page-locked memory, for asynchronous copies to a GPU."""
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def cpu(self) -> Self:
+    def cpu(self: _Batch) -> _Batch:
         return self.to("cpu")
 
-    def cuda(self) -> Self:
+    def cuda(self: _Batch) -> _Batch:
         return self.to("cuda")
 
-    def clone(self) -> Self:
+    def clone(self: _Batch) -> _Batch:
         return self._map(lambda tensor: tensor.clone())
 
-    def detach(self) -> Self:
+    def detach(self: _Batch) -> _Batch:
         return self._map(lambda tensor: tensor.detach())
 
 
@@ -230,7 +233,7 @@ class Meshes(_Ragged):
             f"Meshes(verts={self._num_verts.tolist()}, faces={self._num_faces.tolist()}, device={str(self.device)!r})"
         )
 
-    def __getitem__(self, index: Any) -> Self:
+    def __getitem__(self, index: Any) -> "Meshes":
         """The chosen members (int, slice, list, index or mask tensor) as a batch."""
         members = _select(index, len(self), self.device)
         num_verts, num_faces = self._num_verts[members], self._num_faces[members]
@@ -416,38 +419,38 @@ class Meshes(_Ragged):
 
     # new batches
 
-    def _with_verts(self, verts: Float[Tensor, "V 3"]) -> Self:
+    def _with_verts(self, verts: Float[Tensor, "V 3"]) -> "Meshes":
         fields = {name: self.__dict__[name] for name in (*self._tensors, *self._dicts)}
         new = self._fields(**fields | {"_verts": verts})
         if "_edges" in self.__dict__:  # topology does not depend on positions
             new.__dict__["_edges"] = self._edges
         return new
 
-    def offset_verts(self, offsets: Tensor) -> Self:
+    def offset_verts(self, offsets: Tensor) -> "Meshes":
         """Vertices moved by packed offsets (V, 3), or all by the same (3,)."""
         if offsets.shape not in (self._verts.shape, (3,)):
             raise ValueError(f"offsets must be {tuple(self._verts.shape)} or (3,), got {tuple(offsets.shape)}")
         return self._with_verts(self._verts + offsets)
 
-    def scale_verts(self, scale: float | Tensor) -> Self:
+    def scale_verts(self, scale: float | Tensor) -> "Meshes":
         """Vertices multiplied by one number, or by one per member (B,)."""
         if isinstance(scale, Tensor) and scale.ndim:
             check_shape(scale=(scale, str(len(self))))
             scale = scale[self.verts_packed_to_mesh_idx()][:, None]
         return self._with_verts(self._verts * scale)
 
-    def update_padded(self, verts: Float[Tensor, "B V 3"]) -> Self:
+    def update_padded(self, verts: Float[Tensor, "B V 3"]) -> "Meshes":
         """The same topology with new vertices, given padded."""
         check_shape(verts=(verts, f"{len(self)} {int(self._num_verts.max())} 3"))
         return self._with_verts(verts.flatten(0, 1)[self.verts_padded_to_packed_idx()])
 
-    def extend(self, count: int) -> Self:
+    def extend(self, count: int) -> "Meshes":
         """Each member `count` times in a row: a a b b."""
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
         return self[torch.arange(len(self), device=self.device).repeat_interleave(count)]
 
-    def split(self, sizes: Sequence[int]) -> list[Self]:
+    def split(self, sizes: Sequence[int]) -> list["Meshes"]:
         """The batch cut into batches of these sizes."""
         if sum(sizes) != len(self):
             raise ValueError(f"sizes must sum to the {len(self)} meshes of the batch, got {list(sizes)}")
@@ -567,7 +570,7 @@ class Pointclouds(_Ragged):
     def __repr__(self) -> str:
         return f"Pointclouds(points={self._num_points.tolist()}, device={str(self.device)!r})"
 
-    def __getitem__(self, index: Any) -> Self:
+    def __getitem__(self, index: Any) -> "Pointclouds":
         """The chosen clouds (int, slice, list, index or mask tensor) as a batch."""
         members = _select(index, len(self), self.device)
         taken = {
@@ -642,25 +645,27 @@ class Pointclouds(_Ragged):
         high = self._points.new_full((len(self), 3), -math.inf).scatter_reduce(0, owner, self._points, "amax")
         return torch.stack([low, high], dim=2)
 
-    def _with_points(self, points: Float[Tensor, "P 3"]) -> Self:
+    def _with_points(self, points: Float[Tensor, "P 3"]) -> "Pointclouds":
         return self._fields(
             _points=points, _normals=self._normals, _features=self._features, _num_points=self._num_points
         )
 
-    def offset(self, offsets: Tensor) -> Self:
+    def offset(self, offsets: Tensor) -> "Pointclouds":
         """Points moved by packed offsets (P, 3), or all by the same (3,)."""
         if offsets.shape not in (self._points.shape, (3,)):
             raise ValueError(f"offsets must be {tuple(self._points.shape)} or (3,), got {tuple(offsets.shape)}")
         return self._with_points(self._points + offsets)
 
-    def scale(self, scale: float | Tensor) -> Self:
+    def scale(self, scale: float | Tensor) -> "Pointclouds":
         """Points multiplied by one number, or by one per cloud (B,)."""
         if isinstance(scale, Tensor) and scale.ndim:
             check_shape(scale=(scale, str(len(self))))
             scale = scale[self.packed_to_cloud_idx()][:, None]
         return self._with_points(self._points * scale)
 
-    def update_padded(self, points: Tensor, normals: Tensor | None = None, features: Tensor | None = None) -> Self:
+    def update_padded(
+        self, points: Tensor, normals: Tensor | None = None, features: Tensor | None = None
+    ) -> "Pointclouds":
         """The same counts with new points (and normals, features), given padded."""
         check_shape(points=(points, f"{len(self)} {int(self._num_points.max())} 3"))
         rows = self.padded_to_packed_idx()
@@ -671,19 +676,21 @@ class Pointclouds(_Ragged):
             _num_points=self._num_points,
         )
 
-    def extend(self, count: int) -> Self:
+    def extend(self, count: int) -> "Pointclouds":
         """Each cloud `count` times in a row: a a b b."""
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
         return self[torch.arange(len(self), device=self.device).repeat_interleave(count)]
 
-    def split(self, sizes: Sequence[int]) -> list[Self]:
+    def split(self, sizes: Sequence[int]) -> list["Pointclouds"]:
         """The batch cut into batches of these sizes."""
         if sum(sizes) != len(self):
             raise ValueError(f"sizes must sum to the {len(self)} clouds of the batch, got {list(sizes)}")
         return [self[part] for part in torch.arange(len(self), device=self.device).split(list(sizes))]
 
-    def subsample(self, max_points: int | Sequence[int] | Tensor, *, generator: torch.Generator | None = None) -> Self:
+    def subsample(
+        self, max_points: int | Sequence[int] | Tensor, *, generator: torch.Generator | None = None
+    ) -> "Pointclouds":
         """At most `max_points` points of each cloud (one number, or one per cloud), drawn without replacement."""
         limits = [max_points] * len(self) if isinstance(max_points, int) else [int(limit) for limit in max_points]
         if len(limits) != len(self):
@@ -1053,8 +1060,6 @@ def _affine(shape: Any, scale: float, offset: list[float]) -> Any:
 
 # -------------------------------------------------------------------------------------------------------- grid
 
-Align = Literal["center", "corner"]
-
 
 @dataclass(frozen=True)
 class GridSpec:
@@ -1068,7 +1073,7 @@ class GridSpec:
     origin: tuple[float, float, float]
     spacing: tuple[float, float, float]
     shape: tuple[int, int, int]
-    align: Align = field(default="center")
+    align: str = field(default="center")
 
     def __post_init__(self) -> None:
         check_choice("align", self.align, ("center", "corner"))
@@ -1076,7 +1081,7 @@ class GridSpec:
             raise ValueError(f"shape must be >= 1 and spacing > 0 along each axis, got {self.shape} and {self.spacing}")
 
     @staticmethod
-    def cube(resolution: int, low: float = -0.5, high: float = 0.5, align: Align = "center") -> "GridSpec":
+    def cube(resolution: int, low: float = -0.5, high: float = 0.5, align: str = "center") -> "GridSpec":
         """`resolution` samples along each axis of the cube [low, high]^3."""
         check_choice("align", align, ("center", "corner"))
         cells = resolution if align == "center" else resolution - 1
