@@ -70,7 +70,7 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """A residual network: images (B, 3, H, W), normalized, to maps at strides 4, 8, 16, 32.
 
-    With `num_classes`, the classifier `fc` exists too and `logits(images)` uses it; without, the state dict has no `fc`.
+    With `num_classes`, the classifier `fc` exists too and `logits(images)` uses it; without, there is no `fc` at all.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class ResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(64)
         inputs = 64
         for index, (count, width) in enumerate(zip(blocks, (64, 128, 256, 512)), start=1):
-            stage = []
+            stage: list[nn.Module] = []
             for position in range(count):
                 stride = 2 if position == 0 and index > 1 else 1
                 downsample = None
@@ -115,8 +115,8 @@ class ResNet(nn.Module):
         x = self.bn1(self.conv1(images)).relu()
         x = nn.functional.max_pool2d(x, 3, 2, 1)
         maps = []
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
+        for index in (1, 2, 3, 4):
+            x = self.get_submodule(f"layer{index}")(x)
             maps.append(x)
         return maps
 

@@ -1,0 +1,9 @@
+"""Task heads: feature maps in, a prediction out, with its loss and the shape it stands for."""
+
+from vision3dgen.heads.head import Head as Head
+from vision3dgen.heads.occupancy import OccupancyDecoder as OccupancyDecoder
+from vision3dgen.heads.occupancy import OccupancyField as OccupancyField
+from vision3dgen.heads.occupancy import OccupancyHead as OccupancyHead
+from vision3dgen.heads.voxel import VoxelHead as VoxelHead
+
+HEADS: dict[str, type[Head]] = {"voxels": VoxelHead, "occupancy": OccupancyHead}

@@ -16,10 +16,10 @@ class ConditionalBatchNorm1d(nn.Module):
         self.conv_gamma = nn.Conv1d(code_channels, channels, 1)
         self.conv_beta = nn.Conv1d(code_channels, channels, 1)
         self.bn = nn.BatchNorm1d(channels, affine=False)
-        nn.init.zeros_(self.conv_gamma.weight)
-        nn.init.ones_(self.conv_gamma.bias)
-        nn.init.zeros_(self.conv_beta.weight)
-        nn.init.zeros_(self.conv_beta.bias)
+        for layer, start in ((self.conv_gamma, 1.0), (self.conv_beta, 0.0)):
+            nn.init.zeros_(layer.weight)
+            assert layer.bias is not None
+            nn.init.constant_(layer.bias, start)
 
     def forward(self, x: Float[Tensor, "B C N"], code: Float[Tensor, "B K 1"]) -> Float[Tensor, "B C N"]:
         return self.conv_gamma(code) * self.bn(x) + self.conv_beta(code)

@@ -1,0 +1,13 @@
+"""Assemblies of backbones and heads, and the baselines they are held against."""
+
+from torch import nn
+
+from vision3dgen.models.baselines import MeanShape as MeanShape
+from vision3dgen.models.baselines import OracleNeighbor as OracleNeighbor
+from vision3dgen.models.baselines import Retrieval as Retrieval
+from vision3dgen.models.baselines import ShapeLibrary as ShapeLibrary
+from vision3dgen.models.single_view import IMAGENET_MEAN as IMAGENET_MEAN
+from vision3dgen.models.single_view import IMAGENET_STD as IMAGENET_STD
+from vision3dgen.models.single_view import SingleView as SingleView
+
+MODELS: dict[str, type[nn.Module]] = {"single_view": SingleView}

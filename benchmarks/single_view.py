@@ -1,0 +1,195 @@
+"""Single-view reconstruction from a data folder to a table and pictures, in one command.
+
+    python benchmarks/single_view.py --config configs/single_view_quick.yaml --out runs/single_view_quick
+
+Makes the data if the configuration says how, trains one run per entry of `runs`, scores them and three baselines that
+do not reconstruct (mean shape, retrieval, oracle retrieval) under every protocol of the configuration, and leaves in
+the output folder: table.md, table.jsonl, gallery.png, curves.png, meshes/*.glb and *.ply, and one run folder per entry.
+Interrupted, it goes on where it was.
+"""
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markdown import Markdown
+from torch import Tensor
+
+from vision3dgen import engine
+from vision3dgen.config import Config, ConfigError, load
+from vision3dgen.engine import to_device
+from vision3dgen.experiment import Run, environment, score
+from vision3dgen.files import atomic_write
+from vision3dgen.io import save_mesh
+from vision3dgen.metrics import Prediction, Summary
+from vision3dgen.models import MeanShape, OracleNeighbor, Retrieval, ShapeLibrary
+from vision3dgen.viz import Sample, curves, reconstruction_gallery
+
+Predict = Callable[[dict[str, Any]], list[Prediction]]
+console = Console(width=None if sys.stdout.isatty() else 160)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--preset", help="a named set of overrides in the configuration, such as tiny")
+    parser.add_argument("--gallery", type=int, default=8, help="test items drawn (default: 8)")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c")
+    options = parser.parse_args()
+    logging.basicConfig(
+        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    start = time.perf_counter()
+
+    config = load(options.config, options.overrides, preset=options.preset)
+    runs = create_runs(config, options.out)
+    seconds: dict[str, float] = {}
+    for name, run in runs.items():
+        console.rule(f"{name}: data and training")
+        run.experiment.prepare_data()
+        began = time.perf_counter()
+        run.train(resume=True)
+        seconds[name] = time.perf_counter() - began
+
+    predictors = with_baselines(runs, device)
+    experiment = next(iter(runs.values())).experiment
+    tables = {}
+    for protocol in experiment.evaluation.protocols:
+        summaries = {}
+        for name, predict in predictors.items():
+            console.rule(f"{name}: scoring under {protocol}")
+            folder = options.out / name / "evaluation"
+            summaries[name] = score(folder, experiment, predict, protocol, about=about(runs.get(name)))
+        tables[protocol] = summaries
+    write_tables(options.out, tables, seconds)
+    draw(options.out, runs, predictors, options.gallery)
+    console.print(Markdown((options.out / "table.md").read_text()))
+    console.print(
+        f"{options.out}: table.md table.jsonl gallery.png curves.png meshes/   {time.perf_counter() - start:.0f} s"
+    )
+    return 0
+
+
+def create_runs(config: Config, out: Path) -> dict[str, Run]:
+    """One run per entry of `runs`, whose values replace those of the rest of the configuration."""
+    if not isinstance(config.get("runs"), Config):
+        raise ConfigError(f"{config.source}: needs runs: a mapping of names to what differs between them")
+    shared = Config({k: v for k, v in config.items() if k != "runs"}, config.source, config.sources)
+    return {name: Run.create(out / name, merged(shared, own)) for name, own in config["runs"].items()}
+
+
+def merged(base: Config, over: Mapping[str, Any]) -> Config:
+    """`base` with the values of `over`, mapping by mapping."""
+    result = Config(base, base.source, base.sources | getattr(over, "sources", {}), base.key)
+    for key, value in over.items():
+        old = result.get(key)
+        result[key] = merged(old, value) if isinstance(old, Config) and isinstance(value, Config) else value
+    return result
+
+
+def about(run: Run | None) -> dict[str, Any]:
+    """What a stored score depends on beside the protocol: which weights."""
+    if run is None:
+        return {}
+    found = engine.best(run.folder) or engine.latest(run.folder)
+    assert found is not None
+    return {"checkpoint": found.name}
+
+
+def with_baselines(runs: Mapping[str, Run], device: torch.device) -> dict[str, Predict]:
+    """Every trained run, after the baselines; retrieval compares features of the first run's trained backbone."""
+    models = {name: run.model(device) for name, run in runs.items()}
+    first, experiment = next(iter(models.values())), next(iter(runs.values())).experiment
+
+    @torch.no_grad()
+    def features(images: Tensor) -> Tensor:
+        return first.features(images.to(device))[-1].mean(dim=(2, 3))
+
+    library = ShapeLibrary.gather(experiment.batches("train", 32), features)
+    predictors: dict[str, Predict] = {
+        "mean shape": MeanShape(library).predict,
+        "retrieval": Retrieval(library, features).predict,
+        "oracle retrieval": OracleNeighbor(library).predict,
+    }
+    for name, model in models.items():
+        predictors[name] = lambda batch, model=model: [to_cpu(p) for p in model.predict(to_device(batch, device))]
+    return predictors
+
+
+def to_cpu(prediction: Prediction) -> Prediction:
+    moved = {key: value.cpu() for key in ("shape", "voxels") if (value := getattr(prediction, key)) is not None}
+    return prediction._replace(**moved)
+
+
+def write_tables(out: Path, tables: Mapping[str, Mapping[str, Summary]], seconds: Mapping[str, float]) -> None:
+    """table.md for people and table.jsonl, a line per method and protocol, for programs."""
+    known = environment()
+    machine = f"{known['device']}, {known['threads']} threads, torch {known['torch']}"
+    text = [f"Measured {date.today().isoformat()} on {machine}.\n"]
+    records = []
+    for protocol, summaries in tables.items():
+        text += [f"## Protocol `{protocol}`\n", comparison(summaries)]
+        for name, summary in summaries.items():
+            record = {"date": date.today().isoformat(), "method": name, "training_seconds": seconds.get(name)}
+            records.append(record | {"environment": known} | summary.to_dict())
+    with atomic_write(out / "table.md") as file:
+        file.write("\n".join(text).encode())
+    with atomic_write(out / "table.jsonl") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+
+
+def comparison(summaries: Mapping[str, Summary]) -> str:
+    """Methods by row, the headline averages by column, and the ceiling that sampling puts on them."""
+    any_summary = next(iter(summaries.values()))
+    hidden = ("Precision", "Recall", "Accuracy", "Completeness")
+    columns = [c for c in dict.fromkeys(c for s in summaries.values() for c in s.headline) if not c.startswith(hidden)]
+
+    def cells(values: Mapping[str, float | None], spread: Mapping[str, float | None]) -> list[str]:
+        shown = []
+        for column in columns:
+            value, std = values.get(column), spread.get(column)
+            shown.append("-" if value is None else f"{value:.4f}" + (f" ± {std:.4f}" if std else ""))
+        return shown
+
+    rows = [["method", *columns, "ok / empty / failed"], ["---", *["---:"] * (len(columns) + 1)]]
+    for name, summary in summaries.items():
+        counts = f"{summary.n_ok} / {summary.n_empty} / {summary.n_failed}"
+        rows.append([name, *cells(summary.headline, summary.spread), counts])
+    rows.append(["*truth against truth*", *cells(any_summary.ceiling, {}), ""])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def draw(out: Path, runs: Mapping[str, Run], predictors: Mapping[str, Predict], count: int) -> None:
+    """gallery.png of inputs, predictions and truths; curves.png; the gallery's shapes as GLB and PLY."""
+    experiment = next(iter(runs.values())).experiment
+    dataset = experiment.dataset(experiment.evaluation.split)
+    chosen = sorted({round(i * (len(dataset) - 1) / max(count - 1, 1)) for i in range(count)})
+    samples = []
+    (out / "meshes").mkdir(exist_ok=True)
+    for index in chosen:
+        batch = experiment.collate([dataset[index]])
+        frame = batch["frame"][0]
+        shapes = {name: predict(batch)[0].shape for name, predict in predictors.items()}
+        samples.append(Sample(batch["image"][0], batch["mesh"][0], shapes, batch["camera"][0], frame, batch["id"][0]))
+        stem = batch["id"][0].replace("/", "_")
+        for name, shape in {**{n: shapes[n] for n in runs}, "truth": batch["mesh"][0]}.items():
+            if shape is not None and not shape.isempty():
+                for suffix in ("glb", "ply"):  # exported in the file's own coordinates, not the network's
+                    save_mesh(out / "meshes" / f"{stem}_{name}.{suffix}", frame.denormalize(shape))
+    reconstruction_gallery(samples, out / "gallery.png")
+    curves({name: run.folder / "metrics.jsonl" for name, run in runs.items()}, out / "curves.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

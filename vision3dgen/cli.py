@@ -1,0 +1,186 @@
+"""The command line: parse, build, call; no logic lives here."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vision3dgen import __version__
+
+# Modules are imported in the functions: `vision3dgen --help` must not wait for torch.
+
+EXIT_CODES = """exit codes: 0 done; 1 some items were rejected or failed (they are listed); 2 bad arguments,
+configuration or input; 128 + N stopped by signal N after saving a checkpoint"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"vision3dgen {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vision3dgen", description="3D and generative vision research on PyTorch.", epilog=EXIT_CODES
+    )
+    parser.add_argument("--version", action="version", version=f"vision3dgen {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = _command(commands, "train", _train, "train a model", "vision3dgen train configs/X.yaml --out runs/x seed=1")
+    _configured(train)
+    train.add_argument("--out", type=Path, required=True, help="run folder")
+    train.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint, if any")
+
+    evaluate = _command(
+        commands, "evaluate", _evaluate, "score a trained run", "vision3dgen evaluate runs/x --protocol onet"
+    )
+    evaluate.add_argument("run_folder", type=Path, metavar="RUN")
+    evaluate.add_argument("--protocol", action="append", help="name; may be repeated (default: the configuration's)")
+    evaluate.add_argument("--split", help="train, val or test (default: the configuration's)")
+    _device(evaluate)
+
+    reconstruct = _command(
+        commands, "reconstruct", _reconstruct, "shapes from image files",
+        "vision3dgen reconstruct runs/x chair.png --out out",
+    )  # fmt: skip
+    reconstruct.add_argument("run_folder", type=Path, metavar="RUN")
+    reconstruct.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="PNG, with alpha or on white")
+    reconstruct.add_argument("--out", type=Path, required=True, help="folder for NAME.glb and NAME.ply")
+    _device(reconstruct)
+
+    prepare = commands.add_parser("prepare", help="make a ShapeNet-style data folder")
+    sources = prepare.add_subparsers(dest="source", required=True, metavar="SOURCE")
+    procedural = _command(
+        sources, "procedural", _prepare_procedural, "generated shapes of 13 categories",
+        "vision3dgen prepare procedural data/p --shapes-per-category 20 --views 4 --seed 0",
+    )  # fmt: skip
+    procedural.add_argument("root", type=Path, metavar="ROOT")
+    procedural.add_argument("--shapes-per-category", type=int, required=True)
+    procedural.add_argument("--categories", nargs="+", help="names or synset ids (default: all 13)")
+    meshes = _command(
+        sources, "meshes", _prepare_meshes, "a folder of OBJ, PLY, OFF, STL or GLB files",
+        "vision3dgen prepare meshes scans/ data/scans --views 8",
+    )  # fmt: skip
+    meshes.add_argument("source_folder", type=Path, metavar="IN")
+    meshes.add_argument("root", type=Path, metavar="OUT")
+    for each in (procedural, meshes):
+        each.add_argument("--views", type=int, default=24, help="renderings per shape (default: 24)")
+        each.add_argument("--points", type=int, default=100_000, help="samples per shape (default: 100000)")
+        each.add_argument("--seed", type=int, default=0)
+        each.add_argument("--workers", type=int, default=1, help="processes; the bytes written do not depend on it")
+
+    view = _command(commands, "view", _view, "look at the shapes of a run", "vision3dgen view runs/x --items 4")
+    view.add_argument("run_folder", type=Path, metavar="RUN")
+    view.add_argument("--items", type=int, default=8, help="test items to show (default: 8)")
+    view.add_argument("--out", type=Path, help="where pictures go without a display (default: RUN/view)")
+    _device(view)
+    return parser
+
+
+def _command(commands, name, run, summary, example):  # type: ignore[no-untyped-def]
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=f"example: {example}",
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _configured(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace the file's")
+    parser.add_argument("--preset", help="a named set of overrides in the file, such as tiny")
+
+
+def _device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+
+
+def _chosen(device: str | None) -> str:
+    import torch
+
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _train(options: argparse.Namespace) -> int:
+    from vision3dgen.config import load
+    from vision3dgen.experiment import Run
+
+    run = Run.create(options.out, load(options.config, options.overrides, preset=options.preset))
+    run.experiment.prepare_data()
+    result = run.train(resume=options.resume)
+    print(f"trained {result.step} steps; weights in {result.checkpoint}")
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from vision3dgen.experiment import Run
+
+    run = Run.open(options.run_folder)
+    failed = 0
+    for protocol in options.protocol or run.experiment.evaluation.protocols:
+        summary = run.evaluate(protocol, split=options.split, device=_chosen(options.device))
+        print(summary.to_markdown())
+        failed += summary.n_failed
+    return 1 if failed else 0
+
+
+def _reconstruct(options: argparse.Namespace) -> int:
+    from vision3dgen.experiment import Run
+
+    written = Run.open(options.run_folder).reconstruct(options.images, options.out, device=_chosen(options.device))
+    for path in written:
+        print(path)
+    return 0
+
+
+def _prepare_procedural(options: argparse.Namespace) -> int:
+    from vision3dgen.datasets import prepare_procedural
+
+    done = prepare_procedural(
+        options.root,
+        shapes_per_category=options.shapes_per_category,
+        categories=options.categories,
+        views=options.views,
+        points=options.points,
+        seed=options.seed,
+        workers=options.workers,
+    )
+    print(done)
+    return 0
+
+
+def _prepare_meshes(options: argparse.Namespace) -> int:
+    from vision3dgen.datasets import prepare_meshes
+
+    done = prepare_meshes(
+        options.source_folder,
+        options.root,
+        views=options.views,
+        points=options.points,
+        seed=options.seed,
+        workers=options.workers,
+    )
+    print(done)
+    return 1 if done.rejected else 0
+
+
+def _view(options: argparse.Namespace) -> int:
+    from vision3dgen.experiment import Run
+
+    shown = Run.open(options.run_folder).view(
+        options.items, options.out or options.run_folder / "view", device=_chosen(options.device)
+    )
+    print(shown)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
