@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vision3dgen.checks import check_choice, check_shape
-from vision3dgen.ops.points import PointcloudsLike, checked_lengths, knn_gather, knn_points, within
+from vision3dgen.ops.points import PointcloudsLike, checked_cloud, knn_gather, knn_points, within
 
 # ------------------------------------------------------------------------------------------------ point clouds
 
@@ -35,8 +35,7 @@ def _as_padded(
     if normals is not None:
         check_shape(**{name: (points, "B N D"), f"{name}_normals": (normals, "B N 3")})
         normals = _raised(normals)
-    points = _raised(points)
-    return points, checked_lengths(name, points, lengths), normals
+    return *checked_cloud(name, _raised(points), lengths), normals
 
 
 def _raised(tensor: Tensor) -> Tensor:
