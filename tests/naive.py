@@ -24,3 +24,36 @@ def raycast(verts, faces, rotation, translation, intrinsics, image_size):
                 if min(u, v, 1 - u - v) >= 0 and t > 0 and (index[row, column] < 0 or t < depth[row, column]):
                     depth[row, column], index[row, column] = t, f
     return depth, index
+
+
+def surface_metrics(pred, target, pred_normals, target_normals, squared, combine, threshold, strict):
+    """Chamfer, precision, recall, F1 and absolute normal consistency by double loops over Python numbers."""
+    sides = []
+    for points, normals, others, other_normals in (
+        (pred, pred_normals, target, target_normals),
+        (target, target_normals, pred, pred_normals),
+    ):
+        total, hits, cosines = 0.0, 0, 0.0
+        for p, n in zip(points.tolist(), normals.tolist()):
+            every = [sum((a - b) ** 2 for a, b in zip(p, q)) for q in others.tolist()]
+            nearest = every.index(min(every))
+            value = every[nearest] if squared else every[nearest] ** 0.5
+            total += value
+            hits += value < threshold if strict else value <= threshold
+            cosines += abs(sum(a * b for a, b in zip(n, other_normals[nearest].tolist())))
+        sides.append((total / len(points), hits / len(points), cosines / len(points)))
+    (accuracy, precision, forward), (completeness, recall, backward) = sides
+    chamfer = accuracy + completeness if combine == "sum" else (accuracy + completeness) / 2
+    f1 = 2 * precision * recall / (precision + recall) if precision + recall > 0 else 0.0
+    return chamfer, precision, recall, f1, (forward + backward) / 2
+
+
+def voxel_iou(pred, target, threshold):
+    """Intersection over union by a triple loop, occupied at probabilities >= threshold."""
+    both = either = 0
+    for z in range(pred.shape[0]):
+        for y in range(pred.shape[1]):
+            for x in range(pred.shape[2]):
+                a, b = bool(pred[z, y, x] >= threshold), bool(target[z, y, x])
+                both, either = both + (a and b), either + (a or b)
+    return both / either if either else 1.0

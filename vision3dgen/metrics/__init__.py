@@ -1,0 +1,16 @@
+from vision3dgen.metrics.evaluation import Prediction as Prediction
+from vision3dgen.metrics.evaluation import Summary as Summary
+from vision3dgen.metrics.evaluation import evaluate as evaluate
+from vision3dgen.metrics.evaluation import read_results as read_results
+from vision3dgen.metrics.evaluation import summarize as summarize
+from vision3dgen.metrics.protocols import PROTOCOLS as PROTOCOLS
+from vision3dgen.metrics.protocols import Protocol as Protocol
+from vision3dgen.metrics.shape import ShapeScore as ShapeScore
+from vision3dgen.metrics.shape import SurfaceDistances as SurfaceDistances
+from vision3dgen.metrics.shape import chamfer as chamfer
+from vision3dgen.metrics.shape import f_score as f_score
+from vision3dgen.metrics.shape import normal_consistency as normal_consistency
+from vision3dgen.metrics.shape import point_iou as point_iou
+from vision3dgen.metrics.shape import score_shape as score_shape
+from vision3dgen.metrics.shape import surface_distances as surface_distances
+from vision3dgen.metrics.shape import voxel_iou as voxel_iou
