@@ -59,7 +59,7 @@ class OccupancyDecoder(nn.Module):
 class OccupancyField:
     """The predicted fields of a batch of shapes: call it with points (B, N, 3) for logits (B, N)."""
 
-    decoder: OccupancyDecoder
+    decoder: nn.Module  # maps points (B, N, 3) and codes (B, K) to logits (B, N)
     code: Float[Tensor, "B K"]
 
     def __call__(self, points: Float[Tensor, "B N 3"]) -> Float[Tensor, "B N"]:
