@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vision3dgen.checks import check_choice, check_shape
+from vision3dgen.ops.backends import raise_half
 from vision3dgen.ops.points import PointcloudsLike, checked_cloud, knn_gather, knn_points, within
 
 # ------------------------------------------------------------------------------------------------ point clouds
@@ -34,12 +35,8 @@ def _as_padded(
         raise ValueError(f"{name} must be point clouds or (B N D), got {tuple(points.shape)}")
     if normals is not None:
         check_shape(**{name: (points, "B N D"), f"{name}_normals": (normals, "B N 3")})
-        normals = _raised(normals)
-    return *checked_cloud(name, _raised(points), lengths), normals
-
-
-def _raised(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+        normals = raise_half(normals)
+    return *checked_cloud(name, raise_half(points), lengths), normals
 
 
 def chamfer_distance(

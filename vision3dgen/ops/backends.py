@@ -85,6 +85,11 @@ def full_precision(function: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
+def raise_half(tensor: Tensor) -> Tensor:
+    """The tensor in float32 if it is in half precision, else as it is."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     """The floating tensors of a (named) tuple or dict as `dtype`."""
     if isinstance(value, Tensor):

@@ -4,30 +4,49 @@ Everything reads meshes through accessors that our `Meshes` and PyTorch3D's shar
 PyTorch3D 0.7.9 where it has the operator.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from scipy.sparse import csr_array
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from vision3dgen.checks import check_finite
-from vision3dgen.ops.backends import full_precision
+from vision3dgen.checks import check_choice, check_finite, check_shape
+from vision3dgen.ops.backends import full_precision, raise_half
+from vision3dgen.ops.points import PAIRS_AT_ONCE, TREE_PAIRS, build_tree, within
+from vision3dgen.structures import Meshes
 
 
 @runtime_checkable
 class MeshesLike(Protocol):
     """What the operators ask of a batch of meshes, ours or PyTorch3D's."""
 
+    def __len__(self) -> int: ...
+
     def verts_packed(self) -> Tensor: ...
 
     def faces_packed(self) -> Tensor: ...
+
+    def edges_packed(self) -> Tensor: ...
+
+    def faces_packed_to_edges_packed(self) -> Tensor: ...
+
+    def verts_packed_to_mesh_idx(self) -> Tensor: ...
+
+    def faces_packed_to_mesh_idx(self) -> Tensor: ...
+
+    def edges_packed_to_mesh_idx(self) -> Tensor: ...
 
     def num_verts_per_mesh(self) -> Tensor: ...
 
     def num_faces_per_mesh(self) -> Tensor: ...
 
-    def __len__(self) -> int: ...
+    def offset_verts(self, offsets: Tensor) -> Any: ...
 
 
 # ------------------------------------------------------------------------------------------- areas and normals
@@ -161,8 +180,6 @@ def _sample_textures(meshes: Any, samples: SurfaceSamples) -> Float[Tensor, "B S
     if hasattr(meshes, "sample_textures"):
         if meshes.textures is None:
             raise ValueError("return_textures needs meshes with textures, these have none")
-        from types import SimpleNamespace
-
         fragments = SimpleNamespace(
             pix_to_face=packed.where(present, -1)[:, :, None, None], bary_coords=samples.barycentrics[:, :, None, None]
         )
@@ -172,3 +189,479 @@ def _sample_textures(meshes: Any, samples: SurfaceSamples) -> Float[Tensor, "B S
         raise ValueError(f'return_textures needs the vertex attribute "colors", these meshes have {sorted(attributes)}')
     corners = attributes["colors"][meshes.faces_packed()[packed]]  # (B, S, 3, C)
     return (samples.barycentrics[..., None] * corners).sum(2).where(present[..., None], 0)
+
+
+# ---------------------------------------------------------------------------------------------------- nearest
+
+
+class ClosestPoints(NamedTuple):
+    """Matches between points and triangles; a segment is a triangle whose last two corners coincide."""
+
+    indices: Tensor  # (N,) int64: the nearest triangle of each point, or the nearest point of each triangle
+    barycentrics: Tensor  # (N, 3) weights of the triangle's corners at its closest place
+
+
+def closest_barycentrics(
+    points: Float[Tensor, "*N 3"], triangles: Float[Tensor, "*N 3 3"]
+) -> tuple[Float[Tensor, "*N 3"], Float[Tensor, "*N"]]:
+    """Weights of the corners at the place of each triangle closest to its point, and the squared distance to it.
+
+    The foot on the plane where it lies inside, else the best of the three sides. A triangle is taken for its sides when
+    its area is lost in rounding relative to its own longest side, never for being small. (Ericson 2005, section 5.1.)
+    """
+    a, b, c = triangles.unbind(-2)
+    ap, ab, ac = (points - a).unbind(-1), (b - a).unbind(-1), (c - a).unbind(-1)
+
+    def dot(u: Sequence[Tensor], w: Sequence[Tensor]) -> Tensor:  # by component: summing a dimension of 3 is far slower
+        return u[0] * w[0] + u[1] * w[1] + u[2] * w[2]
+
+    bb, bc, cc, pb, pc = dot(ab, ab), dot(ab, ac), dot(ac, ac), dot(ap, ab), dot(ap, ac)
+    side = bb - 2 * bc + cc  # squared length of the side b c
+    longest = torch.maximum(torch.maximum(bb, cc), side)
+    area = bb * cc - bc * bc  # squared, four times
+    solid = area > 64 * torch.finfo(area.dtype).eps * longest * longest
+
+    def clip(numerator: Tensor, denominator: Tensor) -> Tensor:
+        return (numerator / denominator.where(denominator > 0, 1)).clamp(0, 1)
+
+    zero = torch.zeros_like(bb)
+    on_ab, on_ac, on_bc = clip(pb, bb), clip(pc, cc), clip(pc - pb - bc + bb, side)
+    inverse = 1 / area.where(solid, 1)
+    v, w = (cc * pb - bc * pc) * inverse, (bb * pc - bc * pb) * inverse
+    best_v, best_w, best = zero, zero, torch.full_like(bb, torch.inf)
+    inside = solid & (v >= 0) & (w >= 0) & (v + w <= 1)
+    sides = ((on_ab, zero, None), (zero, on_ac, None), (1 - on_bc, on_bc, None))
+    for at_v, at_w, allowed in (*sides, (v, w, inside)):
+        offset = [p - at_v * x - at_w * y for p, x, y in zip(ap, ab, ac)]
+        squared = dot(offset, offset)
+        # the foot wins ties with the sides it may lie on: its gradient sees the plane
+        better = squared < best if allowed is None else allowed & (squared <= best)
+        best_v, best_w, best = at_v.where(better, best_v), at_w.where(better, best_w), squared.where(better, best)
+    return torch.stack([1 - best_v - best_w, best_v, best_w], dim=-1), best
+
+
+@torch.no_grad()
+def nearest_triangles(points: Float[Tensor, "P 3"], triangles: Float[Tensor, "F 3 3"]) -> ClosestPoints:
+    """The triangle nearest to each point (exact), and where on it. Raises ValueError when there is no triangle."""
+    if not len(triangles):
+        raise ValueError("there is no triangle to be near to")
+    centers, radii = _balls(triangles)
+    return _nearest(points.double(), torch.zeros_like(points[:, 0], dtype=torch.float64), centers, radii, triangles, 1)
+
+
+@torch.no_grad()
+def nearest_points(triangles: Float[Tensor, "F 3 3"], points: Float[Tensor, "P 3"]) -> ClosestPoints:
+    """The point nearest to each triangle (exact), and where on the triangle. ValueError when there is no point."""
+    if not len(points):
+        raise ValueError("there is no point to be near to")
+    centers, radii = _balls(triangles)
+    return _nearest(centers, radii, points.double(), torch.zeros_like(points[:, 0], dtype=torch.float64), triangles, 0)
+
+
+def _balls(triangles: Float[Tensor, "F 3 3"]) -> tuple[Float[Tensor, "F 3"], Float[Tensor, " F"]]:
+    """A ball around each triangle: the mean of its corners and the farthest of them."""
+    corners = triangles.double()
+    centers = corners.mean(1)
+    return centers, (corners - centers[:, None]).norm(dim=2).amax(1)
+
+
+def _nearest(
+    queries: Float[Tensor, "Q 3"],
+    reach: Float[Tensor, " Q"],
+    targets: Float[Tensor, "T 3"],
+    target_reach: Float[Tensor, " T"],
+    triangles: Float[Tensor, "F 3 3"],
+    triangle_side: int,
+) -> ClosestPoints:
+    """For each query ball the target whose contents are nearest; `triangle_side` 1 if the targets are triangles."""
+    corners = triangles.double()
+
+    def measure(query: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        if triangle_side:
+            return closest_barycentrics(queries[query], corners[target])
+        return closest_barycentrics(targets[target], corners[query])
+
+    if queries.device.type != "cpu" or len(queries) * len(targets) <= TREE_PAIRS:
+        which = _nearest_by_tiles(len(queries), len(targets), measure, queries.device)
+    else:
+        which = _nearest_by_tree(queries, reach, targets, target_reach, measure)
+    barycentrics, _ = measure(torch.arange(len(queries), device=queries.device), which)
+    return ClosestPoints(which, barycentrics.to(triangles.dtype))
+
+
+Measure = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def _nearest_by_tiles(queries: int, targets: int, measure: Measure, device: torch.device) -> Int[Tensor, " Q"]:
+    rows = max(1, PAIRS_AT_ONCE // max(targets, 1))
+    which = [torch.zeros(0, dtype=torch.int64, device=device)]
+    all_targets = torch.arange(targets, device=device)[None]
+    for top in range(0, queries, rows):
+        query = torch.arange(top, min(top + rows, queries), device=device)[:, None]
+        which.append(measure(*torch.broadcast_tensors(query, all_targets))[1].argmin(1))
+    return torch.cat(which)
+
+
+def _nearest_by_tree(
+    queries: Tensor, reach: Tensor, targets: Tensor, target_reach: Tensor, measure: Measure
+) -> Int[Tensor, " Q"]:
+    """Nearest centers first, until the balls of all further ones are farther than the best seen.
+
+    Targets are searched in groups of like size, since the bound is as loose as the largest ball of a group.
+    """
+    best = torch.full_like(reach, torch.inf)
+    which = torch.zeros(len(queries), dtype=torch.int64)
+    relative = target_reach / target_reach.max().clamp(min=torch.finfo(torch.float64).tiny)
+    group = relative.clamp(min=2.0**-16).log2().ceil()
+    for level in group.unique():
+        members = (group == level).nonzero()[:, 0]
+        widest = target_reach[members].max()
+        tree = build_tree(targets[members].numpy())
+        open_rows = torch.arange(len(queries))
+        seen, k = 0, 1
+        while len(open_rows) and seen < len(members):
+            k = min(k, len(members))
+            still_open = []
+            for rows in open_rows.split(max(1, PAIRS_AT_ONCE // (k - seen))):
+                found = tree.query(
+                    queries[rows].numpy(), k=list(range(seen + 1, k + 1)), workers=torch.get_num_threads()
+                )
+                between, target = torch.from_numpy(found[0]), members[torch.from_numpy(found[1])]
+                row, column = (
+                    (between - reach[rows, None] - target_reach[target] < best[rows, None]).nonzero().unbind(1)
+                )
+                squared = torch.full_like(between, torch.inf)
+                squared[row, column] = measure(rows[row], target[row, column])[1]
+                least, column = squared.min(1)
+                distance = least.sqrt()
+                closer = distance < best[rows]
+                best[rows] = distance.where(closer, best[rows])
+                which[rows] = target.gather(1, column[:, None])[:, 0].where(closer, which[rows])
+                still_open.append(rows[between[:, -1] - reach[rows] - widest < best[rows]])
+            open_rows = torch.cat(still_open)
+            seen, k = k, 4 * k
+    return which
+
+
+# -------------------------------------------------------------------------------------------- Laplacian matrices
+
+
+def _sparse(rows: Tensor, columns: Tensor, values: Tensor, size: int) -> Tensor:
+    indices = torch.stack([rows, columns])
+    return torch.sparse_coo_tensor(indices, values, (size, size), check_invariants=False).coalesce()
+
+
+@full_precision
+def laplacian(verts: Float[Tensor, "V 3"], edges: Int[Tensor, "E 2"]) -> Tensor:
+    """Uniform Laplacian, sparse (V, V): 1 / degree(i) for each neighbor of i, and -1 on the diagonal.
+
+    Differs: the row of a vertex without edges is zero (PyTorch3D has -1, which pulls such vertices to the origin).
+    """
+    i, j = edges.unbind(1)
+    rows, columns = torch.cat([i, j]), torch.cat([j, i])
+    degree = torch.bincount(rows, minlength=len(verts))
+    diagonal = degree.nonzero()[:, 0]
+    values = torch.cat([(1 / degree[rows]).to(verts.dtype), -torch.ones_like(diagonal, dtype=verts.dtype)])
+    return _sparse(torch.cat([rows, diagonal]), torch.cat([columns, diagonal]), values, len(verts))
+
+
+@full_precision
+def norm_laplacian(verts: Float[Tensor, "V 3"], edges: Int[Tensor, "E 2"], eps: float = 1e-12) -> Tensor:
+    """Sparse (V, V) with 1 / (length + eps) of the edge between i and j."""
+    i, j = edges.unbind(1)
+    weights = 1 / ((verts[i] - verts[j]).norm(dim=1) + eps)
+    return _sparse(torch.cat([i, j]), torch.cat([j, i]), torch.cat([weights, weights]), len(verts))
+
+
+class CotangentLaplacian(NamedTuple):
+    L: Tensor  # sparse (V, V): cot a + cot b, the angles opposite to the edge between i and j
+    inv_areas: Tensor  # (V, 1): 1 / the area of the faces around i, zero without any
+
+
+@full_precision
+def cot_laplacian(verts: Float[Tensor, "V 3"], faces: Int[Tensor, "F 3"], eps: float = 1e-12) -> CotangentLaplacian:
+    """Cotangent Laplacian (Desbrun et al., SIGGRAPH 1999), without diagonal, and inverse areas.
+
+    Differs: `eps` bounds squared areas relative to each face's own size, so tiny meshes keep their angles.
+    """
+    i, j, weights, inverse = cotangents(verts, faces, eps)
+    size = len(verts)
+    return CotangentLaplacian(_sparse(torch.cat([i, j]), torch.cat([j, i]), weights.repeat(2), size), inverse)
+
+
+def cotangents(
+    verts: Float[Tensor, "V 3"], faces: Int[Tensor, "F 3"], eps: float = 1e-12
+) -> tuple[Int[Tensor, " H"], Int[Tensor, " H"], Float[Tensor, " H"], Float[Tensor, "V 1"]]:
+    """Ends i, j of each face's three sides, the cotangent of the angle opposite, and inverse areas (V, 1)."""
+    corners = verts[faces]  # (F, 3, 3)
+    sides = corners.roll(-1, 1) - corners.roll(1, 1)  # (F, 3, 3): side k is opposite to corner k
+    size = sides.detach().abs().amax((1, 2)) if len(faces) else sides[:, 0, 0]
+    size = size.where(size > 0, 1)[:, None, None]
+    sides = sides / size
+    double_area = torch.linalg.cross(sides[:, 0], sides[:, 1]).square().sum(1).clamp(min=4 * eps).sqrt()  # (F,)
+    # the two sides that meet in corner k run opposite ways around the face
+    cot = -(sides.roll(-1, 1) * sides.roll(1, 1)).sum(2) / double_area[:, None]  # (F, 3)
+    areas = (0.5 * double_area * size[:, 0, 0].square())[:, None].expand(-1, 3)
+    around = verts.new_zeros(len(verts)).index_add(0, faces.flatten(), areas.flatten())
+    inverse = (1 / around.where(around > 0, 1)).where(around > 0, 0)
+    return faces.roll(-1, 1).flatten(), faces.roll(1, 1).flatten(), cot.flatten(), inverse[:, None]
+
+
+def spread_differences(
+    verts: Float[Tensor, "V 3"], i: Int[Tensor, " H"], j: Int[Tensor, " H"], weights: Float[Tensor, " H"]
+) -> tuple[Float[Tensor, "V 3"], Float[Tensor, "V 1"]]:
+    """Sum over the weighted edges at each vertex of neighbor minus vertex, and of the weights.
+
+    Differences rather than a product with the Laplacian: far from the origin that would cancel to noise.
+    """
+    offsets = weights[:, None] * (verts[j] - verts[i])
+    moved = torch.zeros_like(verts).index_add(0, i, offsets).index_add(0, j, -offsets)
+    mass = weights.new_zeros(len(verts)).index_add(0, i, weights).index_add(0, j, weights)
+    return moved, mass[:, None]
+
+
+def taubin_smoothing(meshes: MeshesLike, lambd: float = 0.53, mu: float = -0.53, num_iter: int = 10) -> Any:
+    """Smooth without shrinking: steps by lambd and mu along the inverse-length Laplacian, in turns (Taubin 1995).
+
+    Differs: vertices without edges stay where they are (PyTorch3D: NaN).
+    """
+    i, j = meshes.edges_packed().unbind(1)
+    start = meshes.verts_packed()
+    verts = raise_half(start)
+    for step in (lambd, mu) * num_iter:
+        weights = 1 / ((verts[i] - verts[j]).norm(dim=1) + 1e-12)
+        moved, mass = spread_differences(verts, i, j, weights)
+        verts = verts + step * moved / mass.where(mass > 0, 1)
+    return meshes.offset_verts((verts - start).to(start.dtype))
+
+
+# --------------------------------------------------------------------------------------------- graph convolution
+
+
+def _grouped(keys: Int[Tensor, " N"], count: int) -> tuple[Tensor, Tensor]:
+    """Positions ordered by key, and where each key's begin, closed by N."""
+    if keys.device.type == "cpu" and not torch.compiler.is_compiling():
+        # transposing a matrix with one entry a row is a counting sort, several times faster than argsort
+        size = len(keys)
+        table = csr_array((np.empty(size, dtype=np.bool_), keys.numpy(), np.arange(size + 1)), shape=(size, count))
+        columns = table.tocsc()
+        return torch.from_numpy(columns.indices).long(), torch.from_numpy(columns.indptr).long()
+    ends = torch.bincount(keys, minlength=count).cumsum(0)
+    return keys.argsort(stable=True), F.pad(ends, (1, 0))
+
+
+class _GroupSum(torch.autograd.Function):
+    """Sums of rows of x, a product with a 0/1 matrix in CSR form; the backward is that with its transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, starts: Tensor, index_t: Tensor, starts_t: Tensor) -> Tensor:
+        ctx.save_for_backward(index, starts, index_t, starts_t)
+        return F.embedding_bag(index, x, starts, mode="sum", include_last_offset=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        index, starts, index_t, starts_t = ctx.saved_tensors
+        summed: Tensor = _GroupSum.apply(grad.contiguous(), index_t, starts_t, index, starts)
+        return summed, None, None, None, None
+
+
+def neighbor_sum(x: Float[Tensor, "V C"], edges: Int[Tensor, "E 2"], directed: bool = False) -> Float[Tensor, "V C"]:
+    """Sum of x over each vertex's neighbors; directed, an edge (i, j) adds row j to vertex i only."""
+    i, j = edges.unbind(1)
+    if directed:
+        order, starts = _grouped(i, len(x))
+        order_t, starts_t = _grouped(j, len(x))
+        return _GroupSum.apply(x, j[order], starts, i[order_t], starts_t)
+    order, starts = _grouped(torch.cat([i, j]), len(x))
+    index = torch.cat([j, i])[order]
+    return _GroupSum.apply(x, index, starts, index, starts)
+
+
+class GraphConv(nn.Module):
+    """Graph convolution w0(x) + sum over neighbors of w1(x); `init` "normal" (std 0.01) or "zero", biases zero.
+
+    Differs: any floating type, autocast included.
+    """
+
+    def __init__(self, input_dim: int, output_dim: int, init: str = "normal", directed: bool = False):
+        super().__init__()
+        check_choice("init", init, ("normal", "zero"))
+        self.input_dim, self.output_dim, self.directed = input_dim, output_dim, directed
+        self.w0 = nn.Linear(input_dim, output_dim)
+        self.w1 = nn.Linear(input_dim, output_dim)
+        for linear in (self.w0, self.w1):
+            nn.init.normal_(linear.weight, std=0.01) if init == "normal" else nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, verts: Float[Tensor, "V C"], edges: Int[Tensor, "E 2"]) -> Float[Tensor, "V O"]:
+        """New features (V, output_dim) from features (V, input_dim) and edges (E, 2) into them."""
+        check_shape(verts=(verts, f"V {self.input_dim}"), edges=(edges, "E 2"))
+        if verts.device != edges.device:
+            raise ValueError(f"verts and edges must be on one device, got {verts.device} and {edges.device}")
+        return self.w0(verts) + neighbor_sum(self.w1(verts), edges, self.directed)
+
+    def extra_repr(self) -> str:
+        return f"{self.input_dim}, {self.output_dim}, directed={self.directed}"
+
+
+@full_precision
+def vert_align(
+    feats: Float[Tensor, "B C H W"] | list[Tensor] | tuple[Tensor, ...],
+    verts: Any,
+    return_packed: bool = False,
+    interp_mode: str = "bilinear",
+    padding_mode: str = "zeros",
+    align_corners: bool = True,
+) -> Float[Tensor, "... C"]:
+    """Features of one or several maps (B, C, H, W) at the x, y of vertices, both in [-1, 1], channels concatenated.
+
+    `verts` is (B, V, 3), meshes or point clouds. Returns (B, V, sum C), or (sum V_i, sum C) if `return_packed`.
+    """
+    maps = [feats] if isinstance(feats, Tensor) else list(feats)
+    if isinstance(verts, Tensor):
+        places, counts = verts, None
+    elif hasattr(verts, "verts_padded"):
+        places, counts = verts.verts_padded(), verts.num_verts_per_mesh()
+    else:
+        places, counts = verts.points_padded(), verts.num_points_per_cloud()
+    for index, feature in enumerate(maps):
+        check_shape(**{f"feats[{index}]": (feature, "B C H W"), "verts": (places, "B V 3")})
+    grid = places[:, None, :, :2]  # (B, 1, V, 2)
+    sampled = [
+        F.grid_sample(feature, grid.to(feature.dtype), interp_mode, padding_mode, align_corners)[:, :, 0]
+        for feature in maps
+    ]
+    aligned = torch.cat(sampled, dim=1).mT  # (B, V, C)
+    if not return_packed:
+        return aligned
+    if counts is None:
+        return aligned.flatten(0, 1)
+    return aligned[within(counts, places.shape[1])]
+
+
+# ------------------------------------------------------------------------------------- subdivision and templates
+
+
+class SubdivideMeshes(nn.Module):
+    """Each face split in four at the middles of its edges; new vertices follow the old ones of their mesh.
+
+    `meshes`, a batch with the topology of all batches to come, is divided once and remembered.
+    """
+
+    def __init__(self, meshes: MeshesLike | None = None):
+        super().__init__()
+        self._template = None if meshes is None else _division(meshes)
+
+    def forward(self, meshes: MeshesLike, feats: Tensor | None = None) -> Any:
+        """The divided meshes; with `feats`, packed (V, C) or of equal meshes (B, V, C), the pair (meshes, features).
+
+        Features, and attributes of our `Meshes`, are averaged over the ends of each edge; face attributes are repeated.
+        """
+        division = _division(meshes) if self._template is None else self._template
+        if len(division.order) != len(meshes.verts_packed()) + len(division.edges):
+            raise ValueError("the meshes do not have the topology of the template given to SubdivideMeshes")
+        num_verts = division.num_verts.tolist()
+        fields: dict[str, Any] = {}
+        if isinstance(meshes, Meshes):
+            num_faces = [4 * n for n in meshes.num_faces_per_mesh().tolist()]
+            fields["verts_attributes"] = {
+                name: _divide(value, division).split(num_verts)
+                for name, value in meshes.verts_attributes_packed().items()
+            }
+            fields["faces_attributes"] = {
+                name: value[division.parents].split(num_faces)
+                for name, value in meshes.faces_attributes_packed().items()
+            }
+        verts = _divide(meshes.verts_packed(), division).split(num_verts)
+        build: Any = type(meshes)
+        divided = build(verts=list(verts), faces=division.faces, **fields)
+        if feats is None:
+            return divided
+        if feats.shape[: feats.ndim - 1].numel() != len(meshes.verts_packed()):
+            raise ValueError(
+                f"feats must have {len(meshes.verts_packed())} rows, one for each vertex, got {tuple(feats.shape)}"
+            )
+        packed = _divide(feats.reshape(-1, feats.shape[-1]), division)
+        return divided, packed.view(len(feats), -1, feats.shape[-1]) if feats.ndim == 3 else packed
+
+
+class _Division(NamedTuple):
+    edges: Tensor  # (E, 2) into the old packed vertices
+    order: Tensor  # (V + E,) where each new packed vertex is among old vertices followed by middles
+    faces: list[Tensor]  # (4 F_i, 3) into each mesh's own vertices
+    parents: Tensor  # (4 F,) the old packed face of each new one
+    num_verts: Tensor  # (B,)
+
+
+def _division(meshes: MeshesLike) -> _Division:
+    faces, edges, sides = meshes.faces_packed(), meshes.edges_packed(), meshes.faces_packed_to_edges_packed()
+    batch, old = len(meshes), len(meshes.verts_packed())
+    owner = torch.cat([meshes.verts_packed_to_mesh_idx(), meshes.edges_packed_to_mesh_idx()])
+    order = owner.argsort(stable=True)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    a, b, c = place[faces].unbind(1)
+    bc, ca, ab = place[sides + old].unbind(1)  # middles, each named by the side it divides
+    split = torch.stack([a, ab, ca, b, bc, ab, c, ca, bc, bc, ca, ab], dim=1).view(-1, 4, 3)
+    num_verts = torch.bincount(owner, minlength=batch)
+    first = num_verts.cumsum(0) - num_verts
+    split = split - first[meshes.faces_packed_to_mesh_idx()][:, None, None]
+    num_faces = meshes.num_faces_per_mesh().tolist()
+    parents = torch.arange(len(faces), device=faces.device).split(num_faces)
+    return _Division(
+        edges,
+        order,
+        [part.transpose(0, 1).reshape(-1, 3) for part in split.split(num_faces)],
+        torch.cat([part.repeat(4) for part in parents]),
+        num_verts,
+    )
+
+
+def _divide(values: Tensor, division: _Division) -> Tensor:
+    """Packed rows with the means of the edges' ends in between; integers, which have no mean, copy the first end."""
+    first, second = values[division.edges[:, 0]], values[division.edges[:, 1]]
+    middles = 0.5 * (first + second) if values.is_floating_point() else first
+    return torch.cat([values, middles])[division.order]
+
+
+def ico_sphere(level: int = 0, device: torch.device | str | None = None) -> Meshes:
+    """Unit sphere from an icosahedron divided `level` times: 10 * 4^level + 2 vertices, 20 * 4^level faces."""
+    if level < 0:
+        raise ValueError(f"level must not be negative, got {level}")
+    short, long = 0.5257, 0.8507  # PyTorch3D's rounding of the golden rectangle: level 0 is unit to 4 digits
+    corners = [(-short, long), (short, long), (-short, -long), (short, -long)]
+    verts = torch.tensor(
+        [(u, w, 0.0) for u, w in corners] + [(0.0, u, w) for u, w in corners] + [(w, 0.0, u) for u, w in corners]
+    )
+    sphere = Meshes([verts], [torch.tensor(_ICOSAHEDRON)])
+    divide = SubdivideMeshes()
+    for _ in range(level):
+        sphere = divide(sphere)
+        sphere = Meshes([F.normalize(sphere.verts_packed(), dim=1)], [sphere.faces_packed()])
+    return sphere if device is None else sphere.to(device)
+
+
+# fmt: off
+_ICOSAHEDRON = [
+    (0, 11, 5), (0, 5, 1), (0, 1, 7), (0, 7, 10), (0, 10, 11), (1, 5, 9), (5, 11, 4), (11, 10, 2), (10, 7, 6),
+    (7, 1, 8), (3, 9, 4), (3, 4, 2), (3, 2, 6), (3, 6, 8), (3, 8, 9), (4, 9, 5), (2, 4, 11), (6, 2, 10), (8, 6, 7),
+    (9, 8, 1),
+]
+# fmt: on
+
+
+def torus(r: float, R: float, sides: int, rings: int, device: torch.device | str | None = None) -> Meshes:
+    """Torus about the z axis: a tube of radius r, in `sides` steps, around a circle of radius R, in `rings` steps.
+
+    Vertex i * sides + j lies on ring i at side j; faces look outwards.
+    """
+    if not R > r > 0 or sides < 3 or rings < 3:
+        raise ValueError(f"a torus needs R > r > 0 and at least 3 sides and rings, got {r=}, {R=}, {sides=}, {rings=}")
+    i, j = torch.meshgrid(torch.arange(rings), torch.arange(sides), indexing="ij")  # (rings, sides)
+    around, across = i * (2 * math.pi / rings), j * (2 * math.pi / sides)
+    radius = R + r * across.cos()
+    verts = torch.stack([radius * around.cos(), radius * around.sin(), r * across.sin()], dim=2).view(-1, 3)
+    here, up = i * sides + j, i * sides + (j + 1) % sides
+    ahead, both = (i + 1) % rings * sides + j, (i + 1) % rings * sides + (j + 1) % sides
+    faces = torch.stack([here, ahead, both, here, both, up], dim=2).view(-1, 3)
+    mesh = Meshes([verts], [faces])
+    return mesh if device is None else mesh.to(device)
