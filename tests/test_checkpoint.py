@@ -263,25 +263,27 @@ class Noisy:
 class Net(nn.Module):
     """Dropout and the loss draw from global generators, batch norm keeps buffers."""
 
-    def __init__(self, deadly: int = -1):
+    def __init__(self, deadly: int = -1, end: Callable[[], None] = die):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(4, 7), nn.BatchNorm1d(7), nn.Dropout(0.3), nn.ReLU(), nn.Linear(7, 1))
-        self.calls, self.deadly = 0, deadly
+        self.calls, self.deadly, self.end = 0, deadly, end
 
     def loss(self, batch: dict[str, Tensor], part: str) -> dict[str, Tensor]:
         self.calls += 1
         if self.calls == self.deadly:
-            die()
+            self.end()
         noise = 1 + 0.1 * random.random() + 0.1 * np.random.rand()  # noqa: NPY002
         error = (self.layers(batch["x"]) - batch["y"]) * noise
         return {"loss": error.square().mean(), "largest": error.abs().amax()}
 
 
-def train(run: Path, workers: int, *, deadly: int = -1, steps: int = 6, resume: bool = False) -> tuple[Result, Trainer]:
+def train(
+    run: Path, workers: int, *, deadly: int = -1, end: Callable[[], None] = die, steps: int = 6, resume: bool = False
+) -> tuple[Result, Trainer]:
     """A run that uses all there is to resume; steps of 2 batches of 2, so 11 items end their epoch within step 3."""
     torch.manual_seed(0)
     trainer = Trainer(
-        Net(deadly),
+        Net(deadly, end),
         Data(Noisy(), batch_size=2, num_workers=workers),
         run,
         steps=steps,
@@ -336,16 +338,27 @@ def train_program(folder: Path) -> None:
         with open(run / "metrics.jsonl", "a") as file:
             file.write('{"step": 6, "epoch": 2}\n{"step": 8, "lo')  # a later entry, and one that a kill cut off
         print(in_child(lambda run=run, workers=workers: train(run, workers, resume=True)), flush=True)
+    run = folder / "preempted"
+    print(in_child(lambda: preempted(run)), [path.name for path in sorted((run / "checkpoints").iterdir())], flush=True)
+    print(in_child(lambda: train(run, 0, resume=True)), flush=True)
+
+
+def preempted(run: Path) -> None:
+    """The signal of a cluster that takes its machine back goes to the workers too."""
+    os.setsid()
+    train(run, 2, deadly=5, end=lambda: os.killpg(0, signal.SIGTERM))
 
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path):
     done = program("train", tmp_path)
     ends = [line for line in done.stdout.splitlines() if not line.startswith("step")]
-    assert ends == ["0", "-9", "1 0", "0", "-9", "1 0", "0"], done.stdout + done.stderr
+    killed = ["-9", "1 0", "0"]
+    stopped = ["SIGTERM: stopped after step 3, checkpoint saved", "143 ['step_00000002', 'step_00000003']", "0"]
+    assert ends == ["0", *killed, *killed, *stopped], done.stdout + done.stderr
     whole = everything(tmp_path / "whole")
     assert len(whole) == 2 + 2 * 9
     assert [entry["step"] for entry in log_of(tmp_path / "whole")] == [2, 4, 6]
-    for run in (tmp_path / "killed_0", tmp_path / "killed_2"):
+    for run in (tmp_path / "killed_0", tmp_path / "killed_2", tmp_path / "preempted"):
         assert everything(run) == whole
         assert log_of(run) == log_of(tmp_path / "whole")
 

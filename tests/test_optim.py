@@ -13,11 +13,12 @@ from vision3dgen.engine.optim import (
     Optimizer,
     Schedule,
     build_optimizer,
+    by_part,
     freeze,
     lr_factor,
     set_lr,
 )
-from vision3dgen.engine.settings import Update, Validation, from_plain, per_part
+from vision3dgen.engine.settings import Record, Update, Validation, check_same
 
 
 def factors(schedule: Schedule, steps: int, count: int) -> list[float]:
@@ -160,34 +161,51 @@ def test_ema_by_hand():
         EMA(model, 1.0)
 
 
-def test_settings_from_plain_dicts():
-    assert from_plain(Optimizer, {"name": "sgd", "lr": 1}, "optimizer") == Optimizer("sgd", 1.0)
-    assert from_plain(Update, None, "update") == Update()
-    schedule = Schedule("cosine", warmup=3)
-    assert from_plain(Schedule, schedule, "schedule") is schedule
-    per = per_part(Optimizer, {"d": {"lr": 0.1}, "g": {"lr": 0.2}}, "optimizer", ("d", "g"))
-    assert (per["d"].lr, per["g"].lr) == (0.1, 0.2)
-    assert per_part(Optimizer, {"lr": 0.3}, "optimizer", ("d", "g"))["g"].lr == 0.3
+def test_settings_of_each_part():
+    settings = Optimizer("adam", lr=0.1, options={"betas": [0.0, 0.9]}, parts={"d": {"lr": 0.4}})
+    assert by_part(settings, ("d", "g")) == {
+        "d": Optimizer("adam", lr=0.4, options={"betas": [0.0, 0.9]}),
+        "g": Optimizer("adam", lr=0.1, options={"betas": [0.0, 0.9]}),
+    }
+    with pytest.raises(ValueError, match="unknown part of the model 'e'; choose from"):
+        by_part(Schedule(parts={"e": {}}), ("d", "g"))
+    with pytest.raises(ValueError, match=r"unknown key of parts.d 'rate'; choose from .*'lr'"):
+        by_part(Optimizer(parts={"d": {"rate": 0.1}}), ("d", "g"))
+
+
+def test_options_torch_does_not_know_are_named():
+    with pytest.raises(ValueError, match=r"options {'beta': 0.9} do not fit optimizer 'adamw': .*beta"):
+        build_optimizer(Optimizer(options={"beta": 0.9}), dict(net().named_parameters()))
 
 
 @pytest.mark.parametrize(
-    "kind, value, message",
+    "kind, options, message",
     [
         (Optimizer, {"name": "adamm"}, r"unknown optimizer 'adamm' \(did you mean 'adam'\?\); choose from"),
-        (Optimizer, {"learning_rate": 1.0}, "unknown key of settings 'learning_rate'.*choose from.*'lr'"),
-        (Optimizer, {"lr": "1e-3"}, "settings.lr must be float, got '1e-3'"),
         (Optimizer, {"lr": 0.0}, "lr must be > 0"),
         (Optimizer, {"lr": math.nan}, "lr must be > 0"),
+        (Optimizer, {"weight_decay": -1.0}, "weight_decay >= 0"),
         (Schedule, {"name": "cosin"}, "unknown schedule 'cosin'"),
         (Schedule, {"name": "step"}, "milestones belong to the schedule 'step'"),
+        (Schedule, {"milestones": [3]}, "milestones belong to the schedule 'step'"),
         (Schedule, {"warmup": -1}, "warmup must be at least 0"),
         (Update, {"precision": "float16"}, "unknown precision 'float16'"),
         (Update, {"clip": 0.0}, "clip > 0"),
-        (Validation, {"every": 5}, "settings:.*'metric'"),
+        (Update, {"accumulate": 0}, "accumulate must be >= 1"),
         (Validation, {"metric": "iou", "mode": "maximum"}, "unknown mode 'maximum'"),
-        (Validation, "iou", "settings must have the keys"),
+        (Validation, {"metric": "iou", "patience": 0}, "patience must be >= 1"),
+        (Record, {"keep": 0}, "must be >= 1, got 20, 200 and 0"),
     ],
 )
-def test_bad_settings_name_the_key(kind: type, value: object, message: str):
+def test_bad_settings_are_named(kind: type, options: dict, message: str):
     with pytest.raises(ValueError, match=message):
-        from_plain(kind, value, "settings")
+        kind(**options)
+
+
+def test_changed_settings_are_named():
+    saved = {"seed": 1, "optimizer": {"model": {"lr": 0.1, "options": {}}}}
+    check_same(saved, saved)
+    with pytest.raises(ValueError, match=r"optimizer.model.lr was 0.1 and is now 0.2"):
+        check_same(saved, {"seed": 1, "optimizer": {"model": {"lr": 0.2, "options": {}}}})
+    with pytest.raises(ValueError, match=r"optimizer.model.options.eps was None and is now 1"):
+        check_same(saved, {"seed": 1, "optimizer": {"model": {"lr": 0.1, "options": {"eps": 1}}}})

@@ -3,6 +3,7 @@
 So the number of workers, a restart in the middle of an epoch, and one GPU or two leave the stream of samples unchanged.
 """
 
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from vision3dgen.engine.seeding import mix, seeded
+from vision3dgen.engine.seeding import mix, preserved_cpu_rng, seed_cpu
 
 
 @runtime_checkable
@@ -81,7 +82,7 @@ class ShuffleSampler(Sampler[Draw]):
 
     def order(self, epoch: int) -> list[int]:
         """The permutation of an epoch."""
-        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+        generator = torch.Generator().manual_seed(mix(self.seed, 2, epoch))
         return torch.randperm(self.length, generator=generator).tolist()
 
     def __iter__(self) -> Iterator[Draw]:
@@ -120,15 +121,22 @@ class _Batches(Dataset[Any]):
     def __getitem__(self, draw: Draw) -> Any:
         epoch, indices = draw
         items = []
-        for index in indices:
-            with seeded((self.seed, epoch, index)):
+        with preserved_cpu_rng():
+            for index in indices:
+                seed_cpu(mix(self.seed, 0, epoch, index))
                 items.append(self.data.dataset[index])
-        with seeded((self.seed, epoch, *indices, 1)):
+            seed_cpu(mix(self.seed, 1, epoch, *indices))
             return self.data.collate(items)
 
 
 def _as_made(batch: Any) -> Any:
     return batch
+
+
+def _outlive_signals(worker: int) -> None:
+    """A signal to the whole group must not take the workers from a loop that is finishing its step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def make_loader(data: Data, sampler: ShuffleSampler) -> DataLoader[Any]:
@@ -139,6 +147,7 @@ def make_loader(data: Data, sampler: ShuffleSampler) -> DataLoader[Any]:
         sampler=sampler,
         collate_fn=_as_made,
         num_workers=data.num_workers,
+        worker_init_fn=_outlive_signals,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(sampler.seed),  # else each start would draw from the global generator
     )

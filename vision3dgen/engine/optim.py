@@ -6,9 +6,9 @@ Learning rate of a parameter at a step = lr * scale of its longest matching pref
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,8 @@ class Optimizer:
     `options` are torch's own keywords (`betas`, `eps`, `momentum`, ...). `scales` maps a prefix of parameter names to a
     factor on the learning rate, the longest matching prefix winning; `frozen` lists prefixes that are not trained. A
     prefix ends at a dot: "layer1" matches "layer1.weight" and not "layer10.weight". Norms and biases, that is every
-    parameter with fewer than two dimensions, get no weight decay.
+    parameter with fewer than two dimensions, get no weight decay. `parts` maps a part of the model to what is different
+    for it, as in `{"discriminator": {"lr": 4e-4}}`.
     """
 
     name: str = "adamw"
@@ -42,6 +43,7 @@ class Optimizer:
     options: Mapping[str, Any] = field(default_factory=dict)
     scales: Mapping[str, float] = field(default_factory=dict)
     frozen: Sequence[str] = ()
+    parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_choice("optimizer", self.name, OPTIMIZERS)
@@ -56,7 +58,7 @@ class Schedule:
     """How the learning rate moves: `warmup` steps up to 1, then the named curve.
 
     `floor` is the factor at the end of cosine and linear; `milestones` are the steps at which "step" multiplies by
-    `gamma`.
+    `gamma`. `parts` is as in `Optimizer`.
     """
 
     name: str = "constant"
@@ -64,6 +66,7 @@ class Schedule:
     floor: float = 0.0
     milestones: Sequence[int] = ()
     gamma: float = 0.1
+    parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_choice("schedule", self.name, SCHEDULES)
@@ -117,6 +120,21 @@ def lr_factor(schedule: Schedule, step: int, steps: int) -> float:
     return SCHEDULES[schedule.name](schedule, step, progress)
 
 
+Settings = TypeVar("Settings", Optimizer, Schedule)
+
+
+def by_part(settings: Settings, parts: Iterable[str]) -> dict[str, Settings]:
+    """The settings of each part of a model: those of all, changed by its entry in `settings.parts`."""
+    parts = tuple(dict.fromkeys(parts))
+    for part, own in settings.parts.items():
+        check_choice("part of the model", part, parts)
+        for key in own:
+            check_choice(
+                f"key of parts.{part}", key, [entry.name for entry in fields(settings) if entry.name != "parts"]
+            )
+    return {part: replace(settings, parts={}, **settings.parts.get(part, {})) for part in parts}
+
+
 def freeze(model: nn.Module, prefixes: Iterable[str]) -> None:
     """Stop gradients to every parameter under the prefixes; a prefix that matches none is a ValueError."""
     for prefix in prefixes:
@@ -135,14 +153,14 @@ def build_optimizer(settings: Optimizer, named: Mapping[str, nn.Parameter]) -> t
             groups.setdefault((scale_of[name], parameter.ndim >= 2), []).append(parameter)
     if not groups:
         raise ValueError(f"nothing to train: every one of the {len(named)} parameters is frozen")
-    return OPTIMIZERS[settings.name](
-        [
-            {"params": parameters, "scale": scale, "weight_decay": settings.weight_decay if decays else 0.0}
-            for (scale, decays), parameters in groups.items()
-        ],
-        lr=settings.lr,
-        **settings.options,
-    )
+    torch_groups = [
+        {"params": parameters, "scale": scale, "weight_decay": settings.weight_decay if decays else 0.0}
+        for (scale, decays), parameters in groups.items()
+    ]
+    try:
+        return OPTIMIZERS[settings.name](torch_groups, lr=settings.lr, **settings.options)
+    except TypeError as error:
+        raise ValueError(f"options {dict(settings.options)} do not fit optimizer {settings.name!r}: {error}") from error
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -1,12 +1,10 @@
-"""Settings of a training run: small groups, made from the plain dicts of a configuration file."""
+"""Settings of a training run in small groups; a configuration file writes each as a mapping."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from beartype import BeartypeConf
-from beartype.door import is_bearable
 
 from vision3dgen.checks import check_choice
 
@@ -66,40 +64,6 @@ class Record:
                 "log_every, checkpoint_every and keep must be >= 1, "
                 f"got {self.log_every}, {self.checkpoint_every} and {self.keep}"
             )
-
-
-T = TypeVar("T")
-
-
-def from_plain(kind: type[T], value: T | Mapping[str, Any] | None, name: str) -> T:
-    """A settings dataclass from the plain dict of a configuration file; `name` is its key there.
-
-    A value that is one already is returned; None gives the defaults. An unknown key, a missing one and a value of the
-    wrong type are ValueErrors that name the key.
-    """
-    if isinstance(value, kind):
-        return value
-    types: dict[str, Any] = {entry.name: entry.type for entry in fields(kind)}  # type: ignore[arg-type]
-    if not (value is None or isinstance(value, Mapping)):
-        raise ValueError(f"{name} must have the keys {sorted(types)}, got {value!r}")
-    options = dict(value or {})
-    for key, option in options.items():
-        check_choice(f"key of {name}", key, types)
-        if not is_bearable(option, types[key], conf=BeartypeConf(is_pep484_tower=True)):
-            raise ValueError(f"{name}.{key} must be {getattr(types[key], '__name__', types[key])}, got {option!r}")
-        if isinstance(option, int) and not is_bearable(option, types[key]):
-            options[key] = float(option)
-    try:
-        return kind(**options)
-    except TypeError as error:
-        raise ValueError(f"{name}: {error}") from error
-
-
-def per_part(kind: type[Any], value: Any, name: str, parts: tuple[str, ...]) -> dict[str, Any]:
-    """Settings for each part, from one for all or from a dict with a key per part."""
-    if isinstance(value, Mapping) and set(value) == set(parts):
-        return {part: from_plain(kind, value[part], f"{name}.{part}") for part in parts}
-    return dict.fromkeys(parts, from_plain(kind, value, name))
 
 
 def check_same(saved: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> None:

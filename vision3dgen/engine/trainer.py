@@ -10,7 +10,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +20,9 @@ from vision3dgen.engine import checkpoint
 from vision3dgen.engine.interrupt import Interrupt
 from vision3dgen.engine.loading import Data, ShuffleSampler, make_loader, to_device
 from vision3dgen.engine.log import Log, Mean
-from vision3dgen.engine.optim import EMA, Optimizer, Schedule, build_optimizer, freeze, lr_factor, set_lr
+from vision3dgen.engine.optim import EMA, Optimizer, Schedule, build_optimizer, by_part, freeze, lr_factor, set_lr
 from vision3dgen.engine.seeding import mix, preserved_rng, rng_state, seed_all, set_rng_state
-from vision3dgen.engine.settings import PRECISIONS, Record, Update, Validation, check_same, from_plain, per_part
+from vision3dgen.engine.settings import PRECISIONS, Record, Update, Validation, check_same
 
 
 class Result(NamedTuple):
@@ -38,12 +37,14 @@ class Result(NamedTuple):
 class Objective(nn.Module):
     """`model.loss` as a forward pass: DDP synchronizes gradients only of what goes through its own forward."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, *, compile: bool = False):
         super().__init__()
-        self.model = model
+        self.model = model  # DDP looks for its parameters here
+        loss: Any = model.loss
+        self.loss = torch.compile(loss) if compile else loss
 
     def forward(self, batch: Any, part: str) -> dict[str, Tensor]:
-        losses = self.model.loss(batch, part=part)  # type: ignore[operator]
+        losses = self.loss(batch, part=part)
         if "loss" not in losses or any(value.ndim for value in losses.values()):
             got = {name: tuple(value.shape) for name, value in losses.items()}
             raise ValueError(f'loss(batch, part={part!r}) must return scalars, one of them "loss"; got shapes {got}')
@@ -53,8 +54,8 @@ class Objective(nn.Module):
 class Trainer:
     """Trains `model` on `data`, writing metrics.jsonl and checkpoints to `run_dir`.
 
-    Settings may be given as the dataclasses or as plain dicts of their fields. `optimizer` and `schedule` hold for
-    every part, or are dicts with one entry per part. Give `steps`, the number of updates of each part, or `epochs`.
+    Give `steps`, the number of updates of each part, or `epochs`. None stands for the defaults of a group of settings,
+    and for no validation.
     """
 
     def __init__(
@@ -63,31 +64,24 @@ class Trainer:
         data: Data,
         run_dir: str | Path,
         *,
-        optimizer: Optimizer | Mapping[str, Any],
+        optimizer: Optimizer,
         steps: int | None = None,
         epochs: int | None = None,
-        schedule: Schedule | Mapping[str, Any] | None = None,
-        update: Update | Mapping[str, Any] | None = None,
-        validation: Validation | Mapping[str, Any] | None = None,
-        record: Record | Mapping[str, Any] | None = None,
+        schedule: Schedule | None = None,
+        update: Update | None = None,
+        validation: Validation | None = None,
+        record: Record | None = None,
         seed: int = 0,
     ):
         from accelerate import Accelerator  # slow to import
 
         self.model, self.data, self.run_dir, self.seed = model, data, Path(run_dir), seed
         self.parts: tuple[str, ...] = tuple(getattr(model, "parts", ("model",)))
-        self.update = from_plain(Update, update, "update")
-        self.record = from_plain(Record, record, "record")
-        self.validation = None if validation is None else from_plain(Validation, validation, "validation")
-        optimizers = per_part(Optimizer, optimizer, "optimizer", self.parts)
-        self.schedules = per_part(Schedule, schedule, "schedule", self.parts)
-        same = {  # what must be the same for a resumed run to be the run it resumes
-            "seed": seed,
-            "update": asdict(self.update),
-            "optimizer": {part: asdict(value) for part, value in optimizers.items()},
-            "schedule": {part: asdict(value) for part, value in self.schedules.items()},
-        }
-        self.settings: dict[str, Any] = json.loads(json.dumps(same))  # as they look when read back
+        self.update, self.record, self.validation = update or Update(), record or Record(), validation
+        optimizers, self.schedules = by_part(optimizer, self.parts), by_part(schedule or Schedule(), self.parts)
+        # What must be the same for a resumed run to be the run it resumes, as it looks when read back.
+        same = {"seed": seed, "update": self.update, "optimizer": optimizers, "schedule": self.schedules}
+        self.settings: dict[str, Any] = json.loads(json.dumps(same, default=vars))
 
         # Autocast and the gradient scaler are torch's: accelerate's precision is fixed for the life of a process.
         self.accelerator = Accelerator(mixed_precision="no")
@@ -109,7 +103,7 @@ class Trainer:
         self.ema = EMA(model, self.update.ema) if self.update.ema is not None else None
 
         self.step = 0
-        self.seconds = 0.0  # of training, over all starts of this run
+        self.seconds = 0.0  # of training, without validating and saving, over all starts of this run
         self.metrics: dict[str, float] = {}  # of the last validation
         self.best: float | None = None
         self.stale = 0  # validations since the best
@@ -141,10 +135,10 @@ class Trainer:
                 self.mean.add(losses)
                 log.advance(self.step)
 
+                now = time.monotonic()
                 last, better = self.step == self.steps, False
                 record: dict[str, float] = {}
                 if last or self.step % self.record.log_every == 0:
-                    now = time.monotonic()
                     self.seconds += now - clock
                     record |= self._means() | {"seconds": self.seconds}
                     record["samples_per_second"] = (self.step - steps_then) * self.samples_per_step / (now - clock)
@@ -163,6 +157,7 @@ class Trainer:
                     if main:
                         print(f"{signal.Signals(signal_number).name}: stopped after step {self.step}, checkpoint saved")
                     raise SystemExit(128 + signal_number)
+                clock += time.monotonic() - now  # validating and saving are not training
 
         found = checkpoint.best(self.run_dir) or checkpoint.latest(self.run_dir)
         assert found is not None
@@ -276,11 +271,8 @@ class Trainer:
 
     def _objective(self, part: str) -> nn.Module:
         """The objective as one part's step uses it: DDP synchronizes what is trainable when it wraps."""
-        objective = Objective(self.model)
-        if self.update.compile:
-            objective.compile()
         with self._only(part):
-            return self.accelerator.prepare_model(objective)
+            return self.accelerator.prepare_model(Objective(self.model, compile=self.update.compile))
 
     @contextmanager
     def _only(self, part: str) -> Iterator[None]:
@@ -298,7 +290,7 @@ class Trainer:
     def _start(self, resume: bool) -> None:
         found = checkpoint.latest(self.run_dir)
         if found is None:
-            seed_all(mix(self.seed, self.accelerator.process_index))
+            seed_all(mix(self.seed, 3, self.accelerator.process_index))
             return
         if not resume:
             raise ValueError(
