@@ -49,6 +49,17 @@ class MeshesLike(Protocol):
     def offset_verts(self, offsets: Tensor) -> Any: ...
 
 
+def finite_verts(meshes: MeshesLike) -> Float[Tensor, "V 3"]:
+    """Packed vertices in float32 or better, or a ValueError if any is NaN or infinite."""
+    return _finite(**{"vertices (packed)": raise_half(meshes.verts_packed())})
+
+
+def _finite(**named: Tensor) -> Tensor:
+    if not torch.compiler.is_compiling():
+        check_finite(**named)
+    return next(iter(named.values()))
+
+
 # ------------------------------------------------------------------------------------------- areas and normals
 
 
@@ -64,7 +75,7 @@ def mesh_face_areas_normals(verts: Float[Tensor, "V 3"], faces: Int[Tensor, "F 3
     Differs: faces are measured relative to their own size, so tiny meshes keep unit normals; a face whose normal is
     lost in rounding has normal zero, with zero gradient.
     """
-    a, b, c = verts[faces].unbind(1)  # (F, 3) each
+    a, b, c = _finite(verts=verts)[faces].unbind(1)  # (F, 3) each
     u, v = b - a, c - a
     size = torch.maximum(u.detach().abs().amax(1), v.detach().abs().amax(1))[:, None]  # any scale is exact: it cancels
     size = size.where(size > 0, 1)
@@ -100,8 +111,7 @@ def sample_surface(
     batch, device = len(meshes), verts.device
     if len(faces) == 0:
         raise ValueError(f"cannot sample a surface: none of the {batch} meshes has a face")
-    check_finite(**{"vertices (packed)": verts})
-
+    _finite(**{"vertices (packed)": verts})
     first = counts.cumsum(0) - counts
     with torch.no_grad():
         owner = torch.repeat_interleave(torch.arange(batch, device=device), counts)
@@ -369,6 +379,7 @@ def laplacian(verts: Float[Tensor, "V 3"], edges: Int[Tensor, "E 2"]) -> Tensor:
 def norm_laplacian(verts: Float[Tensor, "V 3"], edges: Int[Tensor, "E 2"], eps: float = 1e-12) -> Tensor:
     """Sparse (V, V) with 1 / (length + eps) of the edge between i and j."""
     i, j = edges.unbind(1)
+    _finite(verts=verts)
     weights = 1 / ((verts[i] - verts[j]).norm(dim=1) + eps)
     return _sparse(torch.cat([i, j]), torch.cat([j, i]), torch.cat([weights, weights]), len(verts))
 
@@ -393,7 +404,7 @@ def cotangents(
     verts: Float[Tensor, "V 3"], faces: Int[Tensor, "F 3"], eps: float = 1e-12
 ) -> tuple[Int[Tensor, " H"], Int[Tensor, " H"], Float[Tensor, " H"], Float[Tensor, "V 1"]]:
     """Ends i, j of each face's three sides, the cotangent of the angle opposite, and inverse areas (V, 1)."""
-    corners = verts[faces]  # (F, 3, 3)
+    corners = _finite(verts=verts)[faces]  # (F, 3, 3)
     sides = corners.roll(-1, 1) - corners.roll(1, 1)  # (F, 3, 3): side k is opposite to corner k
     size = sides.detach().abs().amax((1, 2)) if len(faces) else sides[:, 0, 0]
     size = size.where(size > 0, 1)[:, None, None]
@@ -426,8 +437,7 @@ def taubin_smoothing(meshes: MeshesLike, lambd: float = 0.53, mu: float = -0.53,
     Differs: vertices without edges stay where they are (PyTorch3D: NaN).
     """
     i, j = meshes.edges_packed().unbind(1)
-    start = meshes.verts_packed()
-    verts = raise_half(start)
+    start, verts = meshes.verts_packed(), finite_verts(meshes)
     for step in (lambd, mu) * num_iter:
         weights = 1 / ((verts[i] - verts[j]).norm(dim=1) + 1e-12)
         moved, mass = spread_differences(verts, i, j, weights)
@@ -526,7 +536,7 @@ def vert_align(
         places, counts = verts.points_padded(), verts.num_points_per_cloud()
     for index, feature in enumerate(maps):
         check_shape(**{f"feats[{index}]": (feature, "B C H W"), "verts": (places, "B V 3")})
-    grid = places[:, None, :, :2]  # (B, 1, V, 2)
+    grid = _finite(verts=places)[:, None, :, :2]  # (B, 1, V, 2)
     sampled = [
         F.grid_sample(feature, grid.to(feature.dtype), interp_mode, padding_mode, align_corners)[:, :, 0]
         for feature in maps
