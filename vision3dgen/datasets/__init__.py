@@ -1,0 +1,16 @@
+"""ShapeNet-style data: made (`PREPARE`), read (`DATASETS`), joined into batches (`collate`)."""
+
+from collections.abc import Callable
+from typing import Any
+
+from vision3dgen.datasets.collate import collate as collate
+from vision3dgen.datasets.manifest import SplitManifest as SplitManifest
+from vision3dgen.datasets.prepare import Prepared as Prepared
+from vision3dgen.datasets.prepare import prepare_meshes as prepare_meshes
+from vision3dgen.datasets.prepare import prepare_procedural as prepare_procedural
+from vision3dgen.datasets.procedural import CATEGORIES as CATEGORIES
+from vision3dgen.datasets.procedural import make_shape as make_shape
+from vision3dgen.datasets.shapenet import ShapeNet as ShapeNet
+
+DATASETS: dict[str, Callable[..., Any]] = {"shapenet": ShapeNet}
+PREPARE: dict[str, Callable[..., Any]] = {"procedural": prepare_procedural, "meshes": prepare_meshes}

@@ -1,0 +1,125 @@
+"""Split manifests: which models train, validate and test, and what each file of the data must hash to."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vision3dgen.files import atomic_write, safe_join
+
+SPLITS = ("train", "val", "test")
+
+
+class Mismatch(NamedTuple):
+    file: str  # relative to the root
+    reason: str
+
+
+@dataclass(frozen=True)
+class SplitManifest:
+    """Models by split and synset, and the sha256 of files relative to the data's root."""
+
+    name: str
+    version: int
+    seed: int | None
+    splits: Mapping[str, Mapping[str, Sequence[str]]]  # split -> synset -> models
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write as JSON, atomically; the same manifest gives the same bytes."""
+        head = {"name": self.name, "version": self.version, "seed": self.seed}
+        splits = {split: {key: list(self.splits[split][key]) for key in sorted(self.splits[split])} for split in SPLITS}
+        write_json(path, {**head, **splits, "files": dict(sorted(self.files.items()))})
+
+    @staticmethod
+    def read(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> "SplitManifest":
+        """Read a manifest of the data under `root`.
+
+        Raises ValueError, naming the manifest and the key, for what is not a manifest, for a model in two splits and
+        for paths that leave `root`.
+        """
+        data = read_json(path)
+        if not isinstance(data, dict) or not isinstance(data.get("name"), str):
+            raise ValueError(f"{path}: not a split manifest: it must be an object with a name and the splits {SPLITS}")
+        seen: dict[tuple[str, str], str] = {}
+        splits: dict[str, dict[str, list[str]]] = {}
+        for split in SPLITS:
+            members = data.get(split)
+            if not isinstance(members, dict) or not all(_strings(models) for models in members.values()):
+                raise ValueError(f"{path}: {split!r} must map each synset to a list of model ids")
+            splits[split] = members
+            for synset, models in members.items():
+                for model in models:
+                    _check_relative(path, root, f"{split}.{synset}", f"{synset}/{model}")
+                    other = seen.setdefault((synset, model), split)
+                    if other != split:
+                        raise ValueError(f"{path}: {synset}/{model} is in {other!r} and in {split!r}")
+        files = data.get("files", {})
+        if not isinstance(files, dict) or not _strings(list(files.values())):
+            raise ValueError(f"{path}: 'files' must map relative paths to sha256")
+        for name in files:
+            _check_relative(path, root, "files", name)
+        return SplitManifest(data["name"], int(data.get("version", 1)), data.get("seed"), splits, files)
+
+    def verify(self, root: str | os.PathLike[str]) -> list[Mismatch]:
+        """The files under `root` that are missing or differ from the manifest."""
+        wrong = []
+        for name, expected in self.files.items():
+            path = safe_join(root, name)
+            if not path.is_file():
+                wrong.append(Mismatch(name, "missing"))
+            elif sha256(path) != expected:
+                wrong.append(Mismatch(name, "its sha256 differs"))
+        return wrong
+
+
+def assign_splits(count: int, fractions: tuple[float, float, float]) -> list[str]:
+    """The split of each of `count` models in turn, as close to the fractions as can be after every one of them.
+
+    More models later leave the split of the earlier ones as it is. The first goes to the largest share.
+    """
+    if len(fractions) != len(SPLITS) or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise ValueError(f"split must be three fractions (train, val, test) that sum to 1, got {fractions}")
+    share = {split: Fraction(str(fraction)) for split, fraction in zip(SPLITS, fractions)}
+    taken = dict.fromkeys(SPLITS, 0)
+    assigned = []
+    for index in range(count):
+        # the split most behind its share; among equals the emptiest
+        chosen = max((s for s in SPLITS if share[s]), key=lambda s: (share[s] * (index + 1) - taken[s], -taken[s]))
+        taken[chosen] += 1
+        assigned.append(chosen)
+    return assigned
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write JSON atomically, keys in the order given."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, indent=1).encode() + b"\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read JSON; a ValueError names the file and the place."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+
+
+def _strings(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+def _check_relative(path: Any, root: Any, key: str, name: str) -> None:
+    try:
+        safe_join(root, name)
+    except ValueError as error:
+        raise ValueError(f"{path}: {key}: {error}") from error
