@@ -136,7 +136,6 @@ def test_no_field_has_a_default():
         ({"empty": "skip"}, "'skip'"),
         ({"samples": None}, "give samples exactly when"),
         ({"aggregation": ()}, "at least one aggregation"),
-        ({"empty": "origin", "samples": (None, None)}, "give their number"),
         ({"frame": "camera"}, "IoU needs the object frame"),
     ],
 )

@@ -349,6 +349,14 @@ def test_scale_rules(cube):
         assert ball.scale == pytest.approx(1.5 * math.sqrt(3))
 
 
+def test_a_meshs_centroid_is_of_its_surface_however_it_is_cut(cube):
+    fine = trimesh.creation.box((1, 1, 1)).subdivide(face_index=[0, 1]).subdivide(face_index=[0, 1, 2, 3])
+    one, other = (unit_frame(PROTOCOLS["atlasnet"], shape, "x") for shape in (cube, to_meshes(fine)))
+    assert len(fine.faces) > 20
+    assert other.center == pytest.approx((0, 0, 0), abs=1e-6)
+    assert other.scale == pytest.approx(one.scale)
+
+
 def test_a_target_in_another_unit_is_refused(cube):
     with pytest.raises(
         ValueError, match=r"'onet' needs targets normalized to a longest edge of 1.0, that of a/b/0 is 3"

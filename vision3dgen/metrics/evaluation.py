@@ -42,7 +42,7 @@ class Prediction(NamedTuple):
 
     shape: one mesh or cloud, None when nothing was extracted; voxels: (D, H, W) probabilities filling [-0.5, 0.5]^3 of
     the object frame; occupancy: maps points (N, 3) of the object frame, on the truth's device, to probabilities (N,);
-    frame: where the coordinates live, needed with any of these; failure: why there is no prediction, for instance a time-out.
+    frame: where the coordinates live, needed with any of these; failure: why there is no prediction (a time-out, say).
     """
 
     shape: Meshes | Pointclouds | None = None

@@ -156,8 +156,6 @@ class Protocol:
             raise ValueError(f"protocol {self.name!r} must name at least one aggregation")
         if self.frame == "camera" and self.iou:
             raise ValueError(f"protocol {self.name!r} compares in the camera frame, IoU needs the object frame")
-        if self.empty == "origin" and self.samples is not None and self.samples[0] is None:
-            raise ValueError(f"protocol {self.name!r} scores empty shapes as points at the origin: give their number")
 
     def to_dict(self) -> dict[str, Any]:
         """The protocol as JSON types, each part with its `kind`."""

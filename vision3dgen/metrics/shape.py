@@ -240,9 +240,7 @@ def score_shape(
     if problem:
         metrics = surface_metrics(None, protocol)
         if protocol.empty == "origin":
-            count = protocol.samples[0]
-            assert count is not None
-            origin = target_draw[0].new_zeros(count, 3)
+            origin = target_draw[0].new_zeros(1, 3)  # any number of equal points has the same means as one
             scored = surface_metrics(surface_distances(origin, origin, *target_draw), protocol)
             metrics = {name: scored[name] if value is None else value for name, value in metrics.items()}
         return ShapeScore("empty", "", metrics, ceiling_metrics, points)
@@ -393,7 +391,8 @@ def _independent(
     """
     assert protocol.samples is not None
     if not isinstance(truth, Pointclouds):
-        return _draw(truth, protocol.samples[0], generator(seed, item, repeat, "ceiling")), drawn
+        count = protocol.samples[1] if protocol.samples[0] is None else protocol.samples[0]
+        return _draw(truth, count, generator(seed, item, repeat, "ceiling")), drawn
     order = torch.randperm(len(truth.points_packed()), generator=generator(seed, item, repeat, "target"))
     counts = [len(order) if count is None else count for count in protocol.samples]
     half = min(*counts, len(order) // 2)
