@@ -66,3 +66,107 @@ def voxel_iou_loop(a, b):
         both += bool(x) and bool(y)
         either += bool(x) or bool(y)
     return both / either if either else 1.0
+
+
+def distance(p, q, norm):
+    """Squared Euclidean (norm 2) or Manhattan (norm 1) distance of two lists of coordinates."""
+    return sum((a - b) ** 2 if norm == 2 else abs(a - b) for a, b in zip(p, q))
+
+
+def knn(x, y, K, norm=2):
+    """Sorted distances and indices of the K nearest of y to each of x, zeros where y is too small."""
+    dists, idx = [], []
+    for p in x.tolist():
+        order = sorted((distance(p, q, norm), j) for j, q in enumerate(y.tolist()))[:K]
+        order += [(0.0, 0)] * (K - len(order))
+        dists.append([d for d, _ in order])
+        idx.append([j for _, j in order])
+    return torch.tensor(dists, dtype=x.dtype).view(len(x), K), torch.tensor(idx, dtype=torch.int64).view(len(x), K)
+
+
+def ball(x, y, K, radius):
+    """The first K of y closer than radius to each of x, -1 where there are fewer."""
+    rows = []
+    for p in x.tolist():
+        inside = [j for j, q in enumerate(y.tolist()) if distance(p, q, 2) < radius**2][:K]
+        rows.append(inside + [-1] * (K - len(inside)))
+    return torch.tensor(rows, dtype=torch.int64).view(len(x), K)
+
+
+def farthest(points, K):
+    """Indices of K points, from point 0, each the farthest from those before it."""
+    rows, chosen = points.tolist(), [0]
+    while len(chosen) < K:
+        gaps = [min(distance(p, rows[c], 2) for c in chosen) for p in rows]
+        chosen.append(gaps.index(max(gaps)))
+    return torch.tensor(chosen)
+
+
+def chamfer(x, y, norm=2):
+    """Mean over x of the distance to y, plus mean over y of that to x."""
+    there = [min(distance(p, q, norm) for q in y.tolist()) for p in x.tolist()]
+    back = [min(distance(p, q, norm) for q in x.tolist()) for p in y.tolist()]
+    return sum(there) / len(there) + sum(back) / len(back)
+
+
+def point_triangle(point, triangle, steps=60):
+    """Distance from a point to a triangle by ever finer grids of barycentric coordinates around the best place."""
+    a, b, c = triangle.double()
+    best, center, width = None, (0.5, 0.5), 0.5
+    for _ in range(steps):
+        for i in range(-2, 3):
+            for j in range(-2, 3):
+                v = min(max(center[0] + width * i / 2, 0.0), 1.0)
+                w = min(max(center[1] + width * j / 2, 0.0), 1.0 - v)
+                d = float((point.double() - a - v * (b - a) - w * (c - a)).norm())
+                if best is None or d < best[0]:
+                    best = (d, v, w)
+        center, width = best[1:], 0.7 * width
+    return best[0]
+
+
+def graph_conv(x, edges, w0, b0, w1, b1, directed=False):
+    """w0 x + b0 at each vertex plus w1 x + b1 of each neighbor."""
+    out = [w0 @ row + b0 for row in x]
+    for i, j in edges.tolist():
+        out[i] = out[i] + w1 @ x[j] + b1
+        if not directed:
+            out[j] = out[j] + w1 @ x[i] + b1
+    return torch.stack(out)
+
+
+def normal_consistency(verts, faces):
+    """Mean of 1 - cos of the angle between each two faces with a common edge, both wound along it."""
+    terms = []
+    for f, one in enumerate(faces.tolist()):
+        for other in faces.tolist()[:f]:
+            common = set(one) & set(other)
+            if len(common) != 2:
+                continue
+            start, end = sorted(common)
+            (p,), (q,) = set(one) - common, set(other) - common
+            axis = verts[end] - verts[start]
+            m = torch.linalg.cross(axis, verts[p] - verts[start])
+            n = torch.linalg.cross(verts[q] - verts[start], axis)
+            terms.append(1 - (m @ n) / (m.norm() * n.norm()))
+    return torch.stack(terms).mean()
+
+
+def laplacian_smoothing(verts, faces, method):
+    """Mean distance of each vertex to the weighted mean of its neighbors; cotcurv: curvature by the area around."""
+    offsets, mass, area = torch.zeros_like(verts), torch.zeros(len(verts)).to(verts), torch.zeros(len(verts)).to(verts)
+    weights = {}
+    for a, b, c in faces.tolist():
+        for i, j, k in ((a, b, c), (b, c, a), (c, a, b)):
+            u, v = verts[i] - verts[k], verts[j] - verts[k]
+            double = torch.linalg.cross(u, v).norm()
+            area[k] += double / 2
+            pair = (min(i, j), max(i, j))
+            weights[pair] = 1.0 if method == "uniform" else weights.get(pair, 0.0) + float(u @ v / double)
+    for (i, j), w in weights.items():
+        offsets[i] += w * (verts[j] - verts[i])
+        offsets[j] += w * (verts[i] - verts[j])
+        mass[i] += w
+        mass[j] += w
+    scale = 0.25 / area if method == "cotcurv" else 1 / mass
+    return (offsets * scale[:, None]).norm(dim=1).mean()

@@ -9,7 +9,6 @@ import functools
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from vision3dgen.checks import check_choice
 
 BACKENDS = ("torch", "pytorch3d")
-_chosen: ContextVar[str] = ContextVar("backend", default="torch")
+_chosen = "torch"  # for the whole process: torch.compile traces a global, not a ContextVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -30,17 +29,17 @@ def use_backend(name: str) -> Iterator[None]:
 
     Raises ImportError, saying what to install, when the backend is missing.
     """
-    resolve_backend(name)
-    token = _chosen.set(name)
+    global _chosen
+    before, _chosen = _chosen, resolve_backend(name)
     try:
         yield
     finally:
-        _chosen.reset(token)
+        _chosen = before
 
 
 def resolve_backend(name: str | None = None) -> str:
     """The backend to run on: the one named, else the one of the enclosing `use_backend`, else `torch`."""
-    name = _chosen.get() if name is None else name
+    name = _chosen if name is None else name
     check_choice("backend", name, BACKENDS)
     if name == "pytorch3d":
         import_pytorch3d("pytorch3d")
@@ -61,7 +60,7 @@ def import_pytorch3d(module: str) -> Any:
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:
     """Compute a geometric function in float32 or better, inside autocast too, and cast what it returns back.
 
-    Tensors in half precision are raised to float32; the results have the type the arguments would promote to.
+    Tensors are raised to the type they promote to, at least float32; results have the type they promote to.
     Meshes and point clouds keep the type they hold.
     """
 
@@ -72,12 +71,10 @@ def full_precision(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         dtype = functools.reduce(torch.promote_types, [x.dtype for x in tensors])
         half = dtype in (torch.float16, torch.bfloat16)
-        device_type = tensors[0].device.type
-        if not any(x.dtype in (torch.float16, torch.bfloat16) for x in tensors) and not torch.is_autocast_enabled(
-            device_type
-        ):
-            return function(*args, **kwargs)
         raised = torch.float32 if half else dtype
+        device_type = tensors[0].device.type
+        if all(x.dtype == raised for x in tensors) and not torch.is_autocast_enabled(device_type):
+            return function(*args, **kwargs)
         with torch.autocast(device_type, enabled=False):
             result = function(*_cast(args, raised), **_cast(kwargs, raised))
         return _cast(result, dtype) if half else result

@@ -225,7 +225,7 @@ def knn_gather(
     """Rows of x at the indices `knn_points` returned; zeros for neighbors k beyond a cloud's length."""
     check_shape(x=(x, "B M U"), idx=(idx, "B N K"))
     if x.shape[1] == 0:
-        x, lengths = F.pad(x, (0, 0, 0, 1)), torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        x, idx = F.pad(x, (0, 0, 0, 1)), torch.zeros_like(idx)
     rows = _take_rows(x, idx)
     if lengths is None:
         return rows
