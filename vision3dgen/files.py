@@ -8,6 +8,10 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO
 
 
+class FileError(ValueError):
+    """A file whose content cannot be read or written as asked; the message names the file and the reason."""
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a binary file that replaces `path` in one step when the block ends, and vanishes when the block raises.
@@ -33,13 +37,13 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def safe_join(root: str | os.PathLike[str], relative: str) -> Path:
-    """`root / relative` for a path found in a manifest; a ValueError naming the entry if it would leave `root`."""
+    """`root / relative` for a path found in a manifest; a FileError naming the entry if it would leave `root`."""
     windows = PureWindowsPath(relative)
     if not relative or "\0" in relative or windows.drive or windows.root:
-        raise ValueError(f"path {relative!r} must be relative to {os.fspath(root)}")
+        raise FileError(f"path {relative!r} must be relative to {os.fspath(root)}")
     if ".." in windows.parts or ".." in PurePosixPath(relative).parts:
-        raise ValueError(f"path {relative!r} must not contain '..' (it would leave {os.fspath(root)})")
+        raise FileError(f"path {relative!r} must not contain '..' (it would leave {os.fspath(root)})")
     joined = Path(root, relative)
     if not joined.resolve().is_relative_to(Path(root).resolve()):
-        raise ValueError(f"path {relative!r} leaves {os.fspath(root)} through a link, to {joined.resolve()}")
+        raise FileError(f"path {relative!r} leaves {os.fspath(root)} through a link, to {joined.resolve()}")
     return joined

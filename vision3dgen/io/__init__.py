@@ -1,0 +1,31 @@
+"""Files in and out, and converters: meshes, point clouds, voxels, arrays, images. Every write is atomic."""
+
+from vision3dgen.files import FileError as FileError
+from vision3dgen.files import atomic_write as atomic_write
+from vision3dgen.files import safe_join as safe_join
+from vision3dgen.io.arrays import list_npz as list_npz
+from vision3dgen.io.arrays import load_npz as load_npz
+from vision3dgen.io.arrays import save_npz as save_npz
+from vision3dgen.io.convert import from_numpy as from_numpy
+from vision3dgen.io.convert import from_open3d as from_open3d
+from vision3dgen.io.convert import from_pyg as from_pyg
+from vision3dgen.io.convert import from_pytorch3d as from_pytorch3d
+from vision3dgen.io.convert import from_trimesh as from_trimesh
+from vision3dgen.io.convert import to_numpy as to_numpy
+from vision3dgen.io.convert import to_open3d as to_open3d
+from vision3dgen.io.convert import to_pyg as to_pyg
+from vision3dgen.io.convert import to_pytorch3d as to_pytorch3d
+from vision3dgen.io.convert import to_trimesh as to_trimesh
+from vision3dgen.io.images import read_depth_png as read_depth_png
+from vision3dgen.io.images import read_image as read_image
+from vision3dgen.io.images import write_depth_png as write_depth_png
+from vision3dgen.io.images import write_png as write_png
+from vision3dgen.io.meshes import load_mesh as load_mesh
+from vision3dgen.io.meshes import save_mesh as save_mesh
+from vision3dgen.io.meshes import save_obj as save_obj
+from vision3dgen.io.pointclouds import load_pointcloud as load_pointcloud
+from vision3dgen.io.pointclouds import save_pointcloud as save_pointcloud
+from vision3dgen.io.polygons import MeshError as MeshError
+from vision3dgen.io.voxels import Binvox as Binvox
+from vision3dgen.io.voxels import read_binvox as read_binvox
+from vision3dgen.io.voxels import write_binvox as write_binvox
