@@ -1,4 +1,9 @@
 from vision3dgen.ops.backends import use_backend as use_backend
+from vision3dgen.ops.inside import contains as contains
+from vision3dgen.ops.inside import nearest_faces as nearest_faces
+from vision3dgen.ops.inside import point_triangle_distance as point_triangle_distance
+from vision3dgen.ops.inside import signed_distance as signed_distance
+from vision3dgen.ops.inside import winding_number as winding_number
 from vision3dgen.ops.meshes import GraphConv as GraphConv
 from vision3dgen.ops.meshes import SubdivideMeshes as SubdivideMeshes
 from vision3dgen.ops.meshes import cot_laplacian as cot_laplacian
@@ -26,15 +31,6 @@ from vision3dgen.ops.points import padded_to_packed as padded_to_packed
 from vision3dgen.ops.points import sample_farthest_points as sample_farthest_points
 from vision3dgen.ops.points import wmean as wmean
 from vision3dgen.ops.surface import Extraction as Extraction
-from vision3dgen.ops.surface import extract_surface as extract_surface
-from vision3dgen.ops.surface import isosurface as isosurface
-from vision3dgen.ops.surface import marching_cubes as marching_cubes
-from vision3dgen.ops.inside import closest_point_on_triangle as closest_point_on_triangle
-from vision3dgen.ops.inside import contains as contains
-from vision3dgen.ops.inside import nearest_faces as nearest_faces
-from vision3dgen.ops.inside import point_triangle_distance as point_triangle_distance
-from vision3dgen.ops.inside import signed_distance as signed_distance
-from vision3dgen.ops.inside import winding_number as winding_number
 from vision3dgen.ops.surface import extract_surface as extract_surface
 from vision3dgen.ops.surface import isosurface as isosurface
 from vision3dgen.ops.surface import marching_cubes as marching_cubes
