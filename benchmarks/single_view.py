@@ -24,17 +24,16 @@ from rich.logging import RichHandler
 from rich.markdown import Markdown
 from torch import Tensor
 
-from vision3dgen import engine
 from vision3dgen.config import Config, ConfigError, load
-from vision3dgen.engine import to_device
-from vision3dgen.experiment import Run, environment, score
+from vision3dgen.datasets import collate
+from vision3dgen.experiment import Run, environment, predictor, score
 from vision3dgen.files import atomic_write
 from vision3dgen.io import save_mesh
 from vision3dgen.metrics import Prediction, Summary
 from vision3dgen.models import MeanShape, OracleNeighbor, Retrieval, ShapeLibrary
 from vision3dgen.viz import Sample, curves, reconstruction_gallery
 
-Predict = Callable[[dict[str, Any]], list[Prediction]]
+Predict = Callable[[Mapping[str, Any]], list[Prediction]]
 console = Console(width=None if sys.stdout.isatty() else 160)
 
 
@@ -64,13 +63,15 @@ def main() -> int:
 
     predictors = with_baselines(runs, device)
     experiment = next(iter(runs.values())).experiment
+    first_weights = {"features": next(iter(runs.values())).weights()}  # what retrieval compares with
     tables = {}
     for protocol in experiment.evaluation.protocols:
         summaries = {}
         for name, predict in predictors.items():
             console.rule(f"{name}: scoring under {protocol}")
             folder = options.out / name / "evaluation"
-            summaries[name] = score(folder, experiment, predict, protocol, about=about(runs.get(name)))
+            about = {"weights": runs[name].weights()} if name in runs else {"baseline": name} | first_weights
+            summaries[name] = score(folder, experiment, predict, protocol, about=about)
         tables[protocol] = summaries
     write_tables(options.out, tables, seconds)
     draw(options.out, runs, predictors, options.gallery)
@@ -98,15 +99,6 @@ def merged(base: Config, over: Mapping[str, Any]) -> Config:
     return result
 
 
-def about(run: Run | None) -> dict[str, Any]:
-    """What a stored score depends on beside the protocol: which weights."""
-    if run is None:
-        return {}
-    found = engine.best(run.folder) or engine.latest(run.folder)
-    assert found is not None
-    return {"checkpoint": found.name}
-
-
 def with_baselines(runs: Mapping[str, Run], device: torch.device) -> dict[str, Predict]:
     """Every trained run, after the baselines; retrieval compares features of the first run's trained backbone."""
     models = {name: run.model(device) for name, run in runs.items()}
@@ -116,20 +108,14 @@ def with_baselines(runs: Mapping[str, Run], device: torch.device) -> dict[str, P
     def features(images: Tensor) -> Tensor:
         return first.features(images.to(device))[-1].mean(dim=(2, 3))
 
-    library = ShapeLibrary.gather(experiment.batches("train", 32), features)
-    predictors: dict[str, Predict] = {
+    shapes = experiment.dataset("train", fields=("image", "voxels", "mesh"))
+    library = ShapeLibrary.gather(experiment.batches(shapes, 32), features)
+    return {
         "mean shape": MeanShape(library).predict,
         "retrieval": Retrieval(library, features).predict,
         "oracle retrieval": OracleNeighbor(library).predict,
+        **{name: predictor(model, device) for name, model in models.items()},
     }
-    for name, model in models.items():
-        predictors[name] = lambda batch, model=model: [to_cpu(p) for p in model.predict(to_device(batch, device))]
-    return predictors
-
-
-def to_cpu(prediction: Prediction) -> Prediction:
-    moved = {key: value.cpu() for key in ("shape", "voxels") if (value := getattr(prediction, key)) is not None}
-    return prediction._replace(**moved)
 
 
 def write_tables(out: Path, tables: Mapping[str, Mapping[str, Summary]], seconds: Mapping[str, float]) -> None:
@@ -178,7 +164,7 @@ def draw(out: Path, runs: Mapping[str, Run], predictors: Mapping[str, Predict], 
     samples = []
     (out / "meshes").mkdir(exist_ok=True)
     for index in chosen:
-        batch = experiment.collate([dataset[index]])
+        batch = collate([dataset[index]])
         frame = batch["frame"][0]
         shapes = {name: predict(batch)[0].shape for name, predict in predictors.items()}
         samples.append(Sample(batch["image"][0], batch["mesh"][0], shapes, batch["camera"][0], frame, batch["id"][0]))

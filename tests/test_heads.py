@@ -98,6 +98,12 @@ def test_voxel_resolution_must_be_reachable_by_doubling():
         VoxelHead([3], resolution=24)
 
 
+def test_voxels_of_another_resolution_are_named():
+    head = VoxelHead([3], resolution=8, width=8)
+    with pytest.raises(ValueError, match=r"predicts \(8, 8, 8\), but the data's voxels are \(16, 16, 16\)"):
+        head.loss(torch.zeros(3, 8, 8, 8), batch())
+
+
 def test_occupancy_surface_is_the_level_set_of_its_field():
     torch.manual_seed(0)
     head = OccupancyHead([3], code_channels=4, hidden=8, threshold=0.3, resolution=12, upsampling_steps=1).eval()

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vision3dgen import __version__
 
@@ -15,7 +16,12 @@ configuration or input; 128 + N stopped by signal N after saving a checkpoint"""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and ("overrides" not in options or not all("=" in word and word[0] != "-" for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse does not take positional arguments on both sides of options
+        options.overrides = [*options.overrides, *rest]
     try:
         return options.run(options)
     except (ValueError, OSError, ImportError) as error:
@@ -81,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands, name, run, summary, example):  # type: ignore[no-untyped-def]
+def _command(commands: Any, name: str, run: Any, summary: str, example: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,
         help=summary,

@@ -278,13 +278,21 @@ def build(node: Any, table: Mapping[str, Callable[..., Any]], /, *, where: str =
     dotted key for the messages, needed only when `node` is not a mapping loaded from a file. Raises ConfigError on the
     first unknown or missing key, wrong type, or ValueError of the constructor.
     """
+    target, rest = choose(node, table, where=where)
+    return construct(target, rest, called=repr(node["name"]), **built)
+
+
+def choose(
+    node: Any, table: Mapping[str, Callable[..., Any]], /, *, where: str = ""
+) -> tuple[Callable[..., Any], Config]:
+    """The entry of `table` that `node["name"]` names, and the rest of `node`; ConfigError where there is none."""
     node = _node(node, where)
     name = node.get("name")
     if not isinstance(name, str) or name not in table:
         what = f"unknown name {_show(name)}" + _near(name, table) if "name" in node else "needs a name"
         raise ConfigError(f"{_at(node, 'name')}: {what}; choose from {sorted(table)}")
-    rest = Config({key: value for key, value in node.items() if key != "name"}, node.source, node.sources, node.key)
-    return construct(table[name], rest, called=repr(name), **built)
+    rest = {key: value for key, value in node.items() if key != "name"}
+    return table[name], Config(rest, node.source, node.sources, node.key)
 
 
 def construct(target: Callable[..., Any], node: Any, /, *, where: str = "", called: str = "", **built: Any) -> Any:
@@ -293,6 +301,24 @@ def construct(target: Callable[..., Any], node: Any, /, *, where: str = "", call
     Values of a parameter annotated with a dataclass or named tuple are constructed in turn from their mapping. int is
     accepted where float is expected, bool never for a number; lists become tuples where the annotation says so.
     `called` is what the messages call the target. Raises as `build` does.
+    """
+    node = _node(node, where)
+    called = called or getattr(target, "__name__", repr(target))
+    values = arguments(target, node, called=called, built=built)
+    try:
+        return target(**values, **built)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{_at(node, '')}: {called}: {error}") from error
+
+
+def arguments(
+    target: Callable[..., Any], node: Any, /, *, where: str = "", called: str = "", built: Collection[str]
+) -> dict[str, Any]:
+    """The checked arguments that `construct` would call `target` with, beside those named in `built`.
+
+    For finding the faults of a configuration before the slow work that comes first. Raises as `construct` does.
     """
     node = _node(node, where)
     called = called or getattr(target, "__name__", repr(target))
@@ -315,12 +341,7 @@ def construct(target: Callable[..., Any], node: Any, /, *, where: str = "", call
     for key, parameter in settable.items():
         if parameter.default is parameter.empty and key not in values:
             raise ConfigError(f"{_at(node, '')}: {called} needs {_describe(parameter)}; {takes}")
-    try:
-        return target(**values, **built)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{_at(node, '')}: {called}: {error}") from error
+    return values
 
 
 class _MismatchError(Exception):

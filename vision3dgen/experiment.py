@@ -11,23 +11,29 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from vision3dgen import __version__, engine
 from vision3dgen.backbones import BACKBONES
-from vision3dgen.config import Config, ConfigError, build, construct, load, save
+from vision3dgen.config import Config, ConfigError, arguments, build, choose, construct, load, save
 from vision3dgen.datasets import DATASETS, PREPARE, collate
 from vision3dgen.engine import Data, Trainer, to_device
 from vision3dgen.files import atomic_write
 from vision3dgen.heads import HEADS
-from vision3dgen.metrics import PROTOCOLS, Summary, evaluate
+from vision3dgen.io import read_image, save_mesh
+from vision3dgen.metrics import PROTOCOLS, Prediction, Summary, evaluate
 from vision3dgen.models import MODELS
+from vision3dgen.structures import Frame
+
+GIVEN_TO_TRAINER = ("model", "data", "run_dir", "seed")  # what the experiment passes beside the configuration
 
 
 @dataclass(frozen=True)
@@ -57,8 +63,9 @@ class Evaluation:
 class Experiment:
     """The top level of a configuration.
 
-    data: a dataset by name and its arguments, without the split. model: a model by name, its `backbone` and its `head`.
-    trainer: arguments of `engine.Trainer`. prepare: data to make first, by name and arguments, unless it is there.
+    data: a dataset by name and its arguments, without the split. splits: arguments that differ for train, val or test.
+    model: a model by name, its `backbone` and its `head`. trainer: arguments of `engine.Trainer`.
+    prepare: data to make first, by name and arguments, unless it is there.
     """
 
     data: Mapping[str, Any]
@@ -66,16 +73,30 @@ class Experiment:
     trainer: Mapping[str, Any]
     loader: Loader
     evaluation: Evaluation = field(default_factory=Evaluation)
+    splits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     prepare: Mapping[str, Any] | None = None
     seed: int = 0
+
+    def check(self) -> None:
+        """Raise ConfigError for every fault that can be found without the data."""
+        self.build_model()
+        arguments(Trainer, self.trainer, where="trainer", built=GIVEN_TO_TRAINER)
+        for split in ("train", "val", "test"):
+            reader, rest = choose(_with(self.data, self.splits.get(split, {})), DATASETS, where="data")
+            arguments(reader, rest, built=() if "split" in rest else ("split",))
+        if self.prepare is not None:
+            maker, rest = choose(self.prepare, PREPARE, where="prepare")
+            arguments(maker, rest, built=())
 
     def prepare_data(self) -> None:
         """Make the data the configuration describes; what is complete already is left as it is."""
         if self.prepare is not None:
             build(self.prepare, PREPARE)
 
-    def dataset(self, split: str) -> Any:
-        return build(self.data, DATASETS, split=split)
+    def dataset(self, split: str, **arguments: Any) -> Any:
+        """A split of the data; `arguments` replace those of the configuration."""
+        node = _with(self.data, _with(self.splits.get(split, {}), arguments))
+        return build(node, DATASETS, **{"split": split} if "split" not in node else {})
 
     def build_model(self) -> nn.Module:
         """The untrained model; the same weights for the same seed."""
@@ -85,12 +106,8 @@ class Experiment:
         return build(_without(self.model, "backbone", "head"), MODELS, backbone=backbone, head=head)
 
     @staticmethod
-    def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-        return collate(items)
-
-    def batches(self, split: str, batch_size: int) -> Iterator[dict[str, Any]]:
-        """All items of a split in order."""
-        dataset = self.dataset(split)
+    def batches(dataset: Any, batch_size: int) -> Iterator[dict[str, Any]]:
+        """All items of a dataset, in order."""
         for start in range(0, len(dataset), batch_size):
             yield collate([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
 
@@ -106,6 +123,7 @@ class Run:
     def create(folder: str | os.PathLike[str], config: Config) -> "Run":
         """A new folder, or an old one with the same configuration; another configuration there is an error."""
         experiment = construct(Experiment, config)
+        experiment.check()
         folder = Path(folder)
         path = folder / "config.yaml"
         if path.exists() and load(path) != config:
@@ -134,64 +152,112 @@ class Run:
             collate,
             experiment.loader.num_workers,
         )
-        trainer = construct(
-            Trainer,
-            experiment.trainer,
-            where="trainer",
-            model=experiment.build_model(),
-            data=data,
-            run_dir=self.folder,
-            seed=experiment.seed,
-        )
-        return trainer.fit(self._validate if trainer.validation else None, resume=resume)
+        given = dict(zip(GIVEN_TO_TRAINER, (experiment.build_model(), data, self.folder, experiment.seed)))
+        trainer = construct(Trainer, experiment.trainer, where="trainer", **given)
+        return trainer.fit(self._validation() if trainer.validation else None, resume=resume)
 
-    def _validate(self, model: nn.Module) -> dict[str, float]:
-        """Means over the validation items of what the model measures about itself."""
-        sums: dict[str, float] = {}
-        count = 0
-        device = next(model.parameters()).device
-        for batch in self.experiment.batches("val", self.experiment.evaluation.batch_size):
-            measured = model.validation_metrics(to_device(batch, device))  # type: ignore[operator]
-            for name, values in measured.items():
-                sums[name] = sums.get(name, 0.0) + float(values.sum())
-            count += len(batch["id"])
-        if not count:
-            raise ConfigError("validation needs items, but the val split has none")
-        return {name: total / count for name, total in sums.items()}
+    def _validation(self) -> Callable[[nn.Module], dict[str, float]]:
+        """Means over the val split of what a model measures about itself."""
+        dataset = self.experiment.dataset("val")
+
+        def validate(model: nn.Module) -> dict[str, float]:
+            device = next(model.parameters()).device
+            sums: dict[str, float] = {}
+            for batch in self.experiment.batches(dataset, self.experiment.evaluation.batch_size):
+                for name, values in model.validation_metrics(to_device(batch, device)).items():  # type: ignore[operator]
+                    sums[name] = sums.get(name, 0.0) + float(values.sum())
+            return {name: total / len(dataset) for name, total in sums.items()}
+
+        return validate
 
     def model(self, device: torch.device | str = "cpu") -> nn.Module:
         """The model with the best checkpoint's weights (else the newest's), in evaluation mode."""
-        found = engine.best(self.folder) or engine.latest(self.folder)
-        if found is None:
-            raise ConfigError(f"{self.folder} has no checkpoint: train it first")
         model = self.experiment.build_model()
-        engine.load_weights(model, found)
+        engine.load_weights(model, self.checkpoint())
         return model.to(device).eval()
+
+    def reconstruct(self, images: Sequence[Path], out: Path, *, device: torch.device | str = "cpu") -> list[Path]:
+        """Shapes of image files as NAME.glb and NAME.ply in `out`, in the canonical frame: one image has no scale.
+
+        Pictures with alpha are put on white. They should be square and show one object, as the training images do.
+        """
+        model = self.model(device)
+        size = self.experiment.dataset("train").image_size
+        out.mkdir(parents=True, exist_ok=True)
+        written = []
+        for path in images:
+            image = _on_white(torch.from_numpy(read_image(path)))
+            image = interpolate(image[None], (size, size), mode="bilinear", antialias=True).clamp(0, 1)
+            batch = {"image": image.to(device), "frame": [Frame("object")]}
+            (prediction,) = model.predict(batch)  # type: ignore[operator]
+            for suffix in ("glb", "ply"):
+                written.append(out / f"{path.stem}.{suffix}")
+                save_mesh(written[-1], prediction.shape.cpu())
+        return written
 
     def evaluate(self, protocol: str, *, split: str | None = None, device: torch.device | str = "cpu") -> Summary:
         """Score the run under a protocol; items scored before are not scored again."""
-        model = self.model(device)
-        settings = self.experiment.evaluation
         return score(
             self.folder / "evaluation",
             self.experiment,
-            lambda batch: model.predict(to_device(batch, torch.device(device))),  # type: ignore[operator]
+            predictor(self.model(device), device),
             protocol,
-            split or settings.split,
+            split=split,
+            about={"weights": self.weights()},
         )
 
+    def checkpoint(self) -> Path:
+        """The folder of the best checkpoint, else of the newest."""
+        found = engine.best(self.folder) or engine.latest(self.folder)
+        if found is None:
+            raise ConfigError(f"{self.folder} has no checkpoint: train it first")
+        return found
 
-def score(folder: Path, experiment: Experiment, predict: Any, protocol: str, split: str) -> Summary:
-    """Evaluate `predict(batch)` on a split under a protocol; writes PROTOCOL_SPLIT.jsonl and .json to `folder`."""
+    def weights(self) -> str:
+        """SHA-256 of the weights that `model` loads: scores of other weights are never mixed in."""
+        files = json.loads((self.checkpoint() / "meta.json").read_text(encoding="utf-8"))["files"]
+        return files["ema.safetensors" if "ema.safetensors" in files else "model.safetensors"]["sha256"]
+
+
+def predictor(model: nn.Module, device: torch.device | str) -> Callable[[Mapping[str, Any]], list[Prediction]]:
+    """`model.predict` on a device, for batches and predictions on the CPU."""
+
+    def predict(batch: Mapping[str, Any]) -> list[Prediction]:
+        predictions = model.predict(to_device(batch, torch.device(device)))  # type: ignore[operator]
+        return [
+            p._replace(
+                shape=None if p.shape is None else p.shape.cpu(), voxels=None if p.voxels is None else p.voxels.cpu()
+            )
+            for p in predictions
+        ]
+
+    return predict
+
+
+def score(
+    folder: Path,
+    experiment: Experiment,
+    predict: Callable[[Mapping[str, Any]], Sequence[Prediction]],
+    protocol: str,
+    *,
+    split: str | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> Summary:
+    """Evaluate `predict(batch)` on a split under a protocol; writes PROTOCOL_SPLIT.jsonl and .json to `folder`.
+
+    `about` is what the scores depend on beside protocol, seed and data; scores kept from another `about` are refused.
+    """
     settings = experiment.evaluation
+    split = split or settings.split
     folder.mkdir(parents=True, exist_ok=True)
     summary = evaluate(
-        experiment.batches(split, settings.batch_size),
+        experiment.batches(experiment.dataset(split), settings.batch_size),
         predict,
         PROTOCOLS[protocol],
         out=folder / f"{protocol}_{split}.jsonl",
         seed=experiment.seed,
         repeats=settings.repeats,
+        about=about,
     )
     with atomic_write(folder / f"{protocol}_{split}.json") as file:
         file.write(json.dumps(summary.to_dict(), indent=2).encode() + b"\n")
@@ -211,12 +277,25 @@ def environment() -> dict[str, Any]:
     }
 
 
+def _on_white(rgba: UInt8[Tensor, "H W 4"]) -> Float[Tensor, "3 H W"]:
+    color, alpha = rgba[..., :3].float() / 255, rgba[..., 3:].float() / 255
+    return (color * alpha + 1 - alpha).permute(2, 0, 1)
+
+
 def _section(node: Mapping[str, Any], key: str) -> Any:
     if key not in node:
         raise ConfigError(f"model needs a {key}: a name and its arguments")
     return node[key]
 
 
-def _without(node: Mapping[str, Any], *keys: str) -> Config:
-    assert isinstance(node, Config)
-    return Config({key: value for key, value in node.items() if key not in keys}, node.source, node.sources, node.key)
+def _without(node: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
+    return _like(node, {key: value for key, value in node.items() if key not in keys}, {})
+
+
+def _with(node: Mapping[str, Any], more: Mapping[str, Any]) -> Mapping[str, Any]:
+    return _like(node, {**node, **more}, getattr(more, "sources", {}))
+
+
+def _like(node: Mapping[str, Any], values: dict[str, Any], sources: Mapping[str, str]) -> Mapping[str, Any]:
+    """`values` with what `node` knows of its place in a file, so that faults are still named."""
+    return Config(values, node.source, {**node.sources, **sources}, node.key) if isinstance(node, Config) else values

@@ -6,6 +6,7 @@ shapes; surface: multiresolution isosurface extraction. Parameter names are the 
 for its `encoder.fc`).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +85,9 @@ class OccupancyHead(Head):
         resolution: int = 32, upsampling_steps: int = 2,
     ):  # fmt: skip
         super().__init__()
-        self.threshold = threshold
+        if not 0 < threshold < 1:
+            raise ValueError(f"threshold must be a probability between 0 and 1, got {threshold}")
+        self.threshold: float = threshold
         self.box = (-0.55, 0.55)  # the cube query points are drawn from
         self.resolution = resolution
         self.upsampling_steps = upsampling_steps
@@ -107,13 +110,13 @@ class OccupancyHead(Head):
 
     @torch.no_grad()
     def _extract(self, field: OccupancyField) -> Meshes:
-        def probability(points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
-            return field(points[None])[0].float().sigmoid()
+        def logit(points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
+            return field(points[None])[0].float()  # closer to linear between samples than the probability
 
         return extract_surface(
-            probability,
+            logit,
             self.box,
-            level=self.threshold,
+            level=math.log(self.threshold / (1 - self.threshold)),
             resolution0=self.resolution,
             upsampling_steps=self.upsampling_steps,
             device=field.code.device,

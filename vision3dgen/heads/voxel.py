@@ -33,7 +33,7 @@ class VoxelHead(Head):
         if resolution != 4 * 2**doublings or doublings < 1:
             raise ValueError(f"resolution must be 8, 16, 32, 64 or 128 (4 times a power of two), got {resolution}")
         self.grid = GridSpec.cube(resolution)
-        self.threshold = threshold
+        self.threshold: float = threshold
         self.fc = nn.Linear(channels[-1], code_channels)
         self.fc_volume = nn.Linear(code_channels, width * 2 * 4**3)
         layers: list[nn.Module] = []
@@ -54,7 +54,12 @@ class VoxelHead(Head):
         return self.deconv(volume)[:, 0]
 
     def loss(self, prediction: Float[Tensor, "B D H W"], batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Mean binary cross-entropy over voxels, against `batch["voxels"]` (B, D, H, W)."""
+        """Mean binary cross-entropy over voxels, against `batch["voxels"]` (B, D, H, W) on the head's own grid."""
+        if batch["voxels"].shape != prediction.shape:
+            raise ValueError(
+                f"the voxel head predicts {tuple(prediction.shape[1:])}, but the data's voxels are "
+                f"{tuple(batch['voxels'].shape[1:])}: set the head's resolution to the data's"
+            )
         return {"loss": F.binary_cross_entropy_with_logits(prediction.float(), batch["voxels"].float())}
 
     def shape(self, prediction: Float[Tensor, "B D H W"]) -> Meshes:
