@@ -24,6 +24,13 @@ class Items(Protocol):
 
 
 @runtime_checkable
+class EpochAware(Protocol):
+    """A dataset whose items differ between epochs, such as one that draws other points in each."""
+
+    def set_epoch(self, epoch: int, /) -> None: ...
+
+
+@runtime_checkable
 class Movable(Protocol):
     """Anything that moves to a device as tensors do: meshes, point clouds, cameras."""
 
@@ -120,6 +127,8 @@ class _Batches(Dataset[Any]):
 
     def __getitem__(self, draw: Draw) -> Any:
         epoch, indices = draw
+        if isinstance(self.data.dataset, EpochAware):
+            self.data.dataset.set_epoch(epoch)
         items = []
         with preserved_cpu_rng():
             for index in indices:

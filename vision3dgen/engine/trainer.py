@@ -210,7 +210,7 @@ class Trainer:
     def _explain(self, part: str, losses: dict[str, Tensor]) -> None:
         """Raise FloatingPointError naming the first loss, else the first gradient, that is not finite."""
         where = f"step {self.step + 1}, part {part!r}" if len(self.parts) > 1 else f"step {self.step + 1}"
-        kept = f"the weights are those of step {self.step}; checkpoints in {self.run_dir} are untouched"
+        kept = f"the update was not made; checkpoints in {self.run_dir} are untouched"
         for name in sorted(losses, key="loss".__eq__):  # the terms before their sum
             if not torch.isfinite(losses[name]):
                 raise FloatingPointError(f"{where}: loss {name!r} is {losses[name].item()}; {kept}")
