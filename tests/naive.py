@@ -170,3 +170,54 @@ def laplacian_smoothing(verts, faces, method):
         mass[j] += w
     scale = 0.25 / area if method == "cotcurv" else 1 / mass
     return (offsets * scale[:, None]).norm(dim=1).mean()
+
+
+def solid_angle_winding(verts, faces, point):
+    """Sum of the faces' signed solid angles, by the spherical excess of their corner angles, over 4 pi."""
+    total = 0.0
+    for face in faces.tolist():
+        a, b, c = (verts[i] - point for i in face)
+        a, b, c = a / a.norm(), b / b.norm(), c / c.norm()
+        excess = -torch.pi
+        for u, v, w in ((a, b, c), (b, c, a), (c, a, b)):
+            p, q = torch.linalg.cross(u, v), torch.linalg.cross(u, w)
+            excess += float(torch.atan2(torch.linalg.cross(p, q).norm(), p @ q))
+        total += excess * float(torch.sign(a @ torch.linalg.cross(b, c)))
+    return total / (4 * torch.pi)
+
+
+def cubes(occupied, lattice_point):
+    """Vertices and faces counted one voxel at a time: corners of exposed squares, two triangles each."""
+    exposed, corners = 0, set()
+    sizes = occupied.shape
+    for place in occupied.nonzero().tolist():
+        for axis in range(3):
+            for direction in (-1, 1):
+                near = list(place)
+                near[axis] += direction
+                if 0 <= near[axis] < sizes[axis] and occupied[tuple(near)]:
+                    continue
+                exposed += 1
+                for i in (0, 1):
+                    for j in (0, 1):
+                        corner = [place[k] + (i, j)[k - (k > axis)] if k != axis else 0 for k in range(3)]
+                        corner[axis] = place[axis] + (direction > 0)
+                        corners.add(lattice_point(*corner))
+    return corners, 2 * exposed
+
+
+def overlaps(triangle, low, high):
+    """Whether a triangle meets a closed box: clip it by the six planes and see whether anything is left."""
+    polygon = [corner.tolist() for corner in triangle]
+    for axis in range(3):
+        for sign, limit in ((1, high[axis]), (-1, -low[axis])):
+            clipped = []
+            for start, end in zip(polygon, polygon[1:] + polygon[:1]):
+                s, e = sign * start[axis] - limit, sign * end[axis] - limit
+                if s <= 0:
+                    clipped.append(start)
+                if (s < 0 < e) or (e < 0 < s):
+                    t = s / (s - e)
+                    clipped.append([p + t * (q - p) for p, q in zip(start, end)])
+            polygon = clipped
+    return len(polygon) > 0

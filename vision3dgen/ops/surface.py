@@ -110,14 +110,13 @@ def marching_cubes(
 
 def _polygonize(volume: Float[Tensor, "D H W"], level: float) -> tuple[Float[Tensor, "V 3"], Int[Tensor, "F 3"]]:
     """Vertices in sample coordinates (x, y, z), numbered as the faces first name them, and faces in cell order."""
+    volume = volume.contiguous()
     depth, height, width = volume.shape
     device = volume.device
     table = _table(device)
     code = (volume.detach() >= level).view(torch.uint8)
     for axis, bits in ((2, 1), (1, 2), (0, 4)):  # after the three, bit x + 2 y + 4 z of a sample is its neighbor's
-        ahead = code << bits
-        pairs = code.shape[axis] - 1
-        code.narrow(axis, 0, pairs).bitwise_or_(ahead.narrow(axis, 1, pairs))
+        code.movedim(axis, 0)[:-1].bitwise_or_((code << bits).movedim(axis, 0)[1:])
     code = code.view(-1)
     # Samples that are not surrounded by their own kind: the first corners of active cells, and at the far borders those
     # that own an edge of one.
