@@ -78,18 +78,19 @@ class SplitManifest:
 
 
 def assign_splits(count: int, fractions: tuple[float, float, float]) -> list[str]:
-    """The split of each of `count` models in turn, as close to the fractions as can be after every one of them.
+    """The split of each of `count` models in turn: one for every share that is not 0, the largest first, then each
+    for the split most behind its share.
 
-    More models later leave the split of the earlier ones as it is. The first goes to the largest share.
+    More models later leave the split of the earlier ones as it is.
     """
     if len(fractions) != len(SPLITS) or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise ValueError(f"split must be three fractions (train, val, test) that sum to 1, got {fractions}")
-    share = {split: Fraction(str(fraction)) for split, fraction in zip(SPLITS, fractions)}
-    taken = dict.fromkeys(SPLITS, 0)
+    share = {split: Fraction(str(fraction)) for split, fraction in zip(SPLITS, fractions) if fraction}
+    taken = dict.fromkeys(share, 0)
     assigned = []
     for index in range(count):
-        # the split most behind its share; among equals the emptiest
-        chosen = max((s for s in SPLITS if share[s]), key=lambda s: (share[s] * (index + 1) - taken[s], -taken[s]))
+        behind = {split: share[split] * (index + 1) - taken[split] for split in share}
+        chosen = max(share, key=lambda split: (not taken[split], behind[split]))
         taken[chosen] += 1
         assigned.append(chosen)
     return assigned

@@ -201,9 +201,10 @@ def prepare_meshes(
 
     A file belongs to the category (synset id or name) its folder is named after, else to "00000000". Meshes are
     centred and scaled to a bounding box diagonal of 1 (frame.json leads back); closed ones that are inside out are
-    turned. Inside is where the winding number is beyond 1/2, for open meshes too. A file that cannot be used is listed
-    in ROOT/manifest.json with step and reason and does not stop the run; the manifest also says of each other file
-    whether it is watertight and which share of its points has a winding number within 0.1 of 1/2.
+    turned. Inside is where the winding number is beyond 1/2, for open meshes too. A file that cannot be used (broken,
+    without area, or an open sheet with nothing inside) is listed in ROOT/manifest.json with step and reason and does
+    not stop the run; the manifest also says of each other file whether it is watertight and which share of its points
+    has a winding number within 0.1 of 1/2.
     Raises ValueError if there is no mesh file, or `root` holds models of other settings.
     """
     folder, root = Path(source), Path(root)
@@ -442,6 +443,10 @@ def _make(loaded: Loaded, source: Source, settings: Settings) -> _Made:
     on_surface, normals = sample_points_from_meshes(canonical, settings.points, True, generator=generator)
     cells = GridSpec.cube(settings.resolution).points(torch.float64)
     voxels = contains(canonical, cells.view(-1, 3)).view(cells.shape[:3])
+    if not watertight and not voxels.any() and not (winding > 0.5).any():
+        raise ValueError(
+            f"nothing is inside: an open sheet, its winding numbers reach {float(winding.max()):.2g}, not 0.5"
+        )
 
     palette = torch.tensor(list(loaded.materials.values()))
     face_colors = palette[loaded.face_material]

@@ -134,7 +134,8 @@ class ShapeNet(torch.utils.data.Dataset[dict[str, Any]]):
         self.models = [Model(synset, model) for synset in self.synsets for model in chosen[synset]]
         if not self.models:
             raise ValueError(
-                f"{self.root}: split {split!r} by {self.split_name} has no model in {', '.join(self.synsets)}"
+                f"{self.root or self._found()}: {self.split_name} puts no model of {', '.join(self.synsets)} into "
+                f"{split!r}; choose another split, or prepare more shapes"
             )
         self._views: dict[Model, list[View]] = {}
         self._missing = [problem for model in self.models for problem in self._missing_files(model)]
