@@ -437,6 +437,7 @@ BAD_MESHES = [
     ),
     ("a.ply", ply("ascii", QUAD_FAN)[:-9], "says 11 rows, 10 lines follow"),
     ("a.ply", ply("ascii", QUAD_FAN)[:-3], "line 24: not the properties of a face"),
+    ("a.ply", ply("ascii", QUAD_FAN)[:-1] + b" 1\n", "line 24: not the properties of a face"),
     ("a.ply", ply("ascii", QUAD_FAN) + b"1\n", "says 11 rows, 12 lines follow"),
     ("a.ply", ply("ascii", QUAD_FAN).replace(b"255 0 0", b"256 0 0"), "line 14: not the properties of a vertex"),
     ("a.ply", ply("ascii", QUAD_FAN).replace(b"2.0 3.0", b"2.0 x"), "line 16: 'x' is not a number"),

@@ -60,9 +60,6 @@ class _Dumper(yaml.SafeDumper):
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
 
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
 
 _TAG = "tag:yaml.org,2002:"
 _SCALARS = {  # tried in this order
@@ -188,9 +185,7 @@ def _read_file(path: Path, above: tuple[Path, ...]) -> Config:
         raise ConfigError(f"{source}: inherit must be the name of a file in {path.parent}, got {_show(parent)}")
     if path.parent / parent in (*above, path):
         raise ConfigError(f"{source}: {path} inherits itself through {parent}")
-    merged = _merge(_read_file(path.parent / parent, (*above, path)), config)
-    merged.source = str(path)
-    return merged
+    return _merge(_read_file(path.parent / parent, (*above, path)), config)
 
 
 def _merge(base: Config, over: Config) -> Config:

@@ -23,12 +23,11 @@ def read_stl(path: Path, data: bytes) -> Polygons:
             f"{path}: the header says {count} triangles, {84 + count * _TRIANGLE.itemsize} bytes, "
             f"the file has {len(data)}"
         )
-    rows = np.ascontiguousarray(corners + 0.0)  # -0 equals 0
-    _, first, inverse = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+    _, first, inverse = np.unique(corners, axis=0, return_index=True, return_inverse=True)
     order = np.argsort(first)  # np.unique sorts by coordinates
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
-    return Polygons(rows[first[order]], np.full(len(rows) // 3, 3), rank[inverse.reshape(-1)])
+    return Polygons(corners[first[order]], np.full(len(corners) // 3, 3), rank[inverse.reshape(-1)])
 
 
 def _read_text(path: Path, data: bytes) -> np.ndarray:
