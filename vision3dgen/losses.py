@@ -233,7 +233,7 @@ def earth_movers_distance(
         own_x = x[b] if x_lengths is None else x[b, : int(x_lengths[b])]
         own_y = y[b] if y_lengths is None else y[b, : int(y_lengths[b])]
         if len(own_x) == 0 or len(own_y) == 0:
-            zero = own_x.sum() + own_y.sum()
+            zero = 0 * (own_x.sum() + own_y.sum())
             each.append(EarthMovers(zero, zero.detach(), zero.detach()))
         elif method == "exact":
             each.append(_exact_transport(own_x, own_y, power))
@@ -280,23 +280,29 @@ def _entropic_transport(
         cost = _costs(x.double(), y.double(), power)
         mean = cost.mean().clamp(min=torch.finfo(torch.float64).tiny)
         f, g = cost.new_zeros(n), cost.new_zeros(m)
+        lower, upper, plan = cost.new_zeros(()), cost.new_full((), torch.inf), cost
         stages = max(1, math.ceil(math.log2(1 / epsilon)))
         for stage in range(1, stages + 1):
             blur = mean * max(epsilon, 2.0**-stage)
             for _ in range(math.ceil(max_iterations / stages)):
                 f = -blur * torch.logsumexp((g - cost) / blur - math.log(m), dim=1)
                 g = -blur * torch.logsumexp((f[:, None] - cost) / blur - math.log(n), dim=0)
-        plan = ((f[:, None] + g - cost) / blur).exp() / (n * m)
-        # feasible: scale down rows and columns that carry too much, then spread what is missing
-        plan = plan * ((1 / n) / plan.sum(1).clamp(min=1 / n))[:, None]
-        plan = plan * ((1 / m) / plan.sum(0).clamp(min=1 / m))
-        short_x, short_y = (1 / n - plan.sum(1)).clamp(min=0), (1 / m - plan.sum(0)).clamp(min=0)
-        missing = short_x.sum().clamp(min=torch.finfo(torch.float64).tiny)
-        plan = plan + short_x[:, None] * short_y / missing
-        lower = f.mean() + (cost - f[:, None]).amin(0).mean()
-        upper = (plan * cost).sum()
+            # the last stage has the least blur but may not have converged: the bounds are the best of all
+            lower = torch.maximum(lower, f.mean() + (cost - f[:, None]).amin(0).mean())
+            candidate = _feasible(((f[:, None] + g - cost) / blur).exp() / (n * m))
+            if bool((candidate * cost).sum() < upper):
+                plan, upper = candidate, (candidate * cost).sum()
     distance = (plan.to(x.dtype) * _costs(x, y, power)).sum()
     return EarthMovers(distance, lower.to(x.dtype), upper.to(x.dtype))
+
+
+def _feasible(plan: Float[Tensor, "N M"]) -> Float[Tensor, "N M"]:
+    """The plan with rows and columns that carry too much scaled down, and what is then missing spread."""
+    n, m = plan.shape
+    plan = plan * ((1 / n) / plan.sum(1).clamp(min=1 / n))[:, None]
+    plan = plan * ((1 / m) / plan.sum(0).clamp(min=1 / m))
+    short_x, short_y = (1 / n - plan.sum(1)).clamp(min=0), (1 / m - plan.sum(0)).clamp(min=0)
+    return plan + short_x[:, None] * short_y / short_x.sum().clamp(min=torch.finfo(plan.dtype).tiny)
 
 
 # ------------------------------------------------------------------------------------------------------ meshes
@@ -386,12 +392,12 @@ def _point_mesh_distance(
     points = raise_half(clouds.points_packed())
     check_finite(**{"points (packed)": points})
     if len(triangles) == 0 or len(points) == 0:
-        return corners.sum() + points.sum()
+        return 0 * (corners.sum() + points.sum())
     each = []
     per_mesh = corners.split(torch.bincount(owner, minlength=len(meshes)).tolist())
     for own_corners, own_points in zip(per_mesh, points.split(counts.tolist())):
         if len(own_corners) == 0 or len(own_points) == 0:
-            each.append(own_corners.sum() + own_points.sum())
+            each.append(0 * (own_corners.sum() + own_points.sum()))
             continue
         to_face = nearest_triangles(own_points.detach(), own_corners.detach())
         to_point = nearest_points(own_corners.detach(), own_points.detach())

@@ -568,7 +568,13 @@ class SubdivideMeshes(nn.Module):
         Features, and attributes of our `Meshes`, are averaged over the ends of each edge; face attributes are repeated.
         """
         division = _division(meshes) if self._template is None else self._template
-        if len(division.order) != len(meshes.verts_packed()) + len(division.edges):
+        if not all(
+            torch.equal(own, expected)
+            for own, expected in (
+                (meshes.num_verts_per_mesh(), division.old_verts),
+                (meshes.num_faces_per_mesh(), division.old_faces),
+            )
+        ):
             raise ValueError("the meshes do not have the topology of the template given to SubdivideMeshes")
         num_verts = division.num_verts.tolist()
         fields: dict[str, Any] = {}
@@ -601,6 +607,8 @@ class _Division(NamedTuple):
     faces: list[Tensor]  # (4 F_i, 3) into each mesh's own vertices
     parents: Tensor  # (4 F,) the old packed face of each new one
     num_verts: Tensor  # (B,)
+    old_verts: Tensor  # (B,)
+    old_faces: Tensor  # (B,)
 
 
 def _division(meshes: MeshesLike) -> _Division:
@@ -623,6 +631,8 @@ def _division(meshes: MeshesLike) -> _Division:
         [part.transpose(0, 1).reshape(-1, 3) for part in split.split(num_faces)],
         torch.cat([part.repeat(4) for part in parents]),
         num_verts,
+        meshes.num_verts_per_mesh(),
+        meshes.num_faces_per_mesh(),
     )
 
 
