@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -181,18 +182,21 @@ class Run:
 
         Pictures with alpha are put on white. They should be square and show one object, as the training images do.
         """
-        model = self.model(device)
+        predict = predictor(self.model(device), device)
         size = self.experiment.dataset("train").image_size
         out.mkdir(parents=True, exist_ok=True)
         written = []
         for path in images:
             image = _on_white(torch.from_numpy(read_image(path)))
             image = interpolate(image[None], (size, size), mode="bilinear", antialias=True).clamp(0, 1)
-            batch = {"image": image.to(device), "frame": [Frame("object")]}
-            (prediction,) = model.predict(batch)  # type: ignore[operator]
+            batch = {"image": image, "frame": [Frame("object")]}
+            (prediction,) = predict(batch)
+            if prediction.shape is None or prediction.shape.isempty():
+                warnings.warn(f"{path}: the prediction is empty, no file is written for it", stacklevel=2)
+                continue
             for suffix in ("glb", "ply"):
                 written.append(out / f"{path.stem}.{suffix}")
-                save_mesh(written[-1], prediction.shape.cpu())
+                save_mesh(written[-1], prediction.shape)
         return written
 
     def evaluate(self, protocol: str, *, split: str | None = None, device: torch.device | str = "cpu") -> Summary:
