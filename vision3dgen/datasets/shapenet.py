@@ -6,6 +6,7 @@ coordinates of the OBJ file: `camera.project(frame.denormalize(points))` are pix
 """
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -178,30 +179,30 @@ class ShapeNet(torch.utils.data.Dataset[dict[str, Any]]):
         item: dict[str, Any] = {}
         for name in self.fields:
             if name == "image":
-                item[name] = torch.from_numpy(self._cached(self._image, model, number)).float() / 255
+                item[name] = _to_float(self._cached(self._image, model, number)) / 255
             elif name == "mask":
-                item[name] = torch.from_numpy(self._cached(self._mask, model, number))[None].float()
+                item[name] = _to_float(self._cached(self._mask, model, number))[None]
             elif name == "depth":
-                item[name] = torch.from_numpy(self._cached(self._depth, model, number))[None]
+                item[name] = _to_float(self._cached(self._depth, model, number))[None]
             elif name == "normals":
-                item[name] = torch.from_numpy(self._cached(self._normals, model, number))
+                item[name] = _to_float(self._cached(self._normals, model, number))
             elif name == "camera":
                 item[name] = self._cached(self._camera, model, number)
             elif name == "voxels":
-                item[name] = torch.from_numpy(self._cached(self._voxels, model)).float()
+                item[name] = _to_float(self._cached(self._voxels, model))
             elif name == "mesh":
                 item[name] = self._cached(self._mesh, model)
             elif name == "points":
                 points, occupancies = self._cached(self._points, model)
                 rows = _draw(rng, len(points), self.points_per_item, f"points_per_item of {model}")
-                item["points"] = torch.from_numpy(points[rows]).float()
-                item["occupancies"] = torch.from_numpy(occupancies[rows]).float()
+                item["points"] = _to_float(points[rows])
+                item["occupancies"] = _to_float(occupancies[rows])
             elif name == "surface":
                 points, normals = self._cached(self._surface, model)
                 rows = _draw(rng, len(points), self.surface_points, f"surface_points of {model}")
                 item["surface"] = Pointclouds(
-                    [torch.from_numpy(points[rows]).float()],
-                    [torch.from_numpy(normals[rows]).float()],
+                    [_to_float(points[rows])],
+                    [_to_float(normals[rows])],
                 )
         item["frame"] = self.frame(model)
         item["category"] = model.synset
@@ -252,7 +253,7 @@ class ShapeNet(torch.utils.data.Dataset[dict[str, Any]]):
         if self.split == "all":
             return "all", ids
         if lists and all(path.is_file() for path in lists.values()):
-            return "occupancy networks' lists", {s: _read_list(path) for s, path in lists.items()}
+            return "Occupancy Networks' lists", {s: _read_list(path) for s, path in lists.items()}
         if self.split == "val":
             raise ValueError(
                 f"{self.root or base}: no split manifest, and 3D-R2N2's rule has no 'val', only 'train' and 'test'"
@@ -289,7 +290,7 @@ class ShapeNet(torch.utils.data.Dataset[dict[str, Any]]):
         try:
             self._views[model] = self._list_views(model)
         except (ValueError, OSError) as error:
-            return [*problems, Problem(str(model), str(self._folder("renderings", model)), str(error), True)]
+            return [*problems, Problem(str(model), _path_in(error), str(error), True)]
         present = {path: set(os.listdir(path)) if path.is_dir() else set() for path in self._view_folders(model)}
         for view in self._chosen_views(model):
             for name in PER_VIEW & set(self.fields) - {"camera"}:
@@ -584,6 +585,11 @@ def _draw(rng: np.random.Generator, total: int, count: int | None, what: str) ->
     return rng.choice(total, count, replace=False, shuffle=False)
 
 
+def _to_float(array: np.ndarray) -> torch.Tensor:
+    """Always a copy: what is in the cache must outlive what is done to an item."""
+    return torch.from_numpy(array).to(torch.float32, copy=True)
+
+
 def _check_rows(path: Path, key: str, array: np.ndarray) -> None:
     if array.ndim != 2 or array.shape[1] != 3 or not len(array):
         raise ValueError(f"{path}: {key} must be (N, 3) with N > 0, got {array.shape}")
@@ -592,9 +598,9 @@ def _check_rows(path: Path, key: str, array: np.ndarray) -> None:
 
 
 def _path_in(error: Exception) -> str:
-    """The file an error of the readers is about: what stands before the first colon, or the OSError's own."""
+    """The file an error of the readers is about: an OSError's own, else what the message begins with."""
     name = getattr(error, "filename", None)
-    return str(name) if name else str(error).partition(": ")[0]
+    return str(name) if name else re.split(r": |, line \d", str(error))[0]
 
 
 def _sentence(problem: Problem) -> str:
