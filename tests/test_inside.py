@@ -140,11 +140,11 @@ def test_winding_numbers_of_soups_equal_a_loop(seed):
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("removed", [1, 7, 40])
-def test_closing_cone_equals_the_sum_over_faces_for_meshes_with_holes(removed):
+@pytest.mark.parametrize("removed, copies", [(1, 1), (7, 1), (40, 1), (7, 3)])
+def test_closing_cone_equals_the_sum_over_faces_for_meshes_with_holes(removed, copies):
     sphere = double(ico_sphere(2))
     verts, faces = sphere.get_mesh_verts_faces(0)
-    keep = torch.randperm(len(faces), generator=torch.Generator().manual_seed(removed))[removed:]
+    keep = torch.randperm(len(faces), generator=torch.Generator().manual_seed(removed))[removed:].repeat(copies)
     points = cloud(31, 1.3, removed)
     expected = [naive.solid_angle_winding(verts, faces[keep], point) for point in points]
     found = winding_number(Meshes([verts], [faces[keep]]), points)

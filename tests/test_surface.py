@@ -286,12 +286,11 @@ def ellipsoid(points):
 
 
 def two_and_a_bridge(points):
-    """Two balls and a bar between them that is thinner than a coarse cell."""
-    left = (points - points.new_tensor([-0.3, 0.02, 0.01])).norm(dim=-1) - 0.17
-    right = (points - points.new_tensor([0.3, 0.02, 0.01])).norm(dim=-1) - 0.17
-    bar = torch.maximum(
-        (points[:, 1:] - points.new_tensor([0.02, 0.01])).abs().amax(1) - 0.02, points[:, 0].abs() - 0.3
-    )
+    """Two balls, and a bar between them that passes between the coarse samples."""
+    left = (points - points.new_tensor([-0.4, 0.02, 0.01])).norm(dim=-1) - 0.13
+    right = (points - points.new_tensor([0.4, 0.02, 0.01])).norm(dim=-1) - 0.13
+    across = (points[:, 1:] - points.new_tensor([0.07, 0.06])).abs().amax(1)
+    bar = torch.maximum(across - 0.03, points[:, 0].abs() - 0.4)
     return -torch.minimum(torch.minimum(left, right), bar)
 
 
