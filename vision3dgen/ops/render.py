@@ -160,7 +160,7 @@ def _nearest_open3d(
             open3d.core.Tensor(index.numpy().view("uint32")),
         )
         cast = torch.cat([torch.zeros_like(rays), rays], dim=-1).float().cpu().numpy()
-        found = scene.cast_rays(open3d.core.Tensor(cast))["primitive_ids"].numpy()
+        found = scene.cast_rays(open3d.core.Tensor(cast), nthreads=1)["primitive_ids"].numpy()
         face = torch.from_numpy(found.view("int32").astype("int64"))  # "none" is the largest uint32: -1
     return face.to(rays.device)
 
