@@ -425,7 +425,7 @@ def in_camera(batch):
     predictions = []
     for index, frame in enumerate(batch["frame"]):
         camera = batch["camera"][index].to(torch.float32)
-        verts = camera.world_to_camera(batch["mesh"][index].verts_packed()) * frame.scale
+        verts = camera.world_to_camera(frame.denormalize(batch["mesh"][index]).verts_packed())
         predictions.append(Prediction(shape=Meshes([verts], batch["mesh"][index].faces_list()), frame=Frame("camera")))
     return predictions
 

@@ -185,17 +185,17 @@ def _check_iou_truth(
 def _reframe(
     shape: Meshes | Pointclouds, frame: Frame, axes: str, object_frame: Frame, camera: Camera | None
 ) -> tuple[Meshes | Pointclouds, Frame]:
-    """A shape with other axes, by the item's camera: its world is the object frame, its own unit the file's."""
+    """A shape with other axes, by the item's own camera: object frame -> file -> camera frame, or back."""
     if frame.name == axes:
         return shape, frame
     if camera is None or {frame.name, axes} != {"object", "camera"}:
         raise ValueError(f"cannot move a shape from frame {frame.name!r} to {axes!r} without the item's camera")
-    unit = Frame("camera", scale=object_frame.scale)
+    world = frame.denormalize(shape)
     if axes == "camera":
-        return unit.denormalize(_turn(shape, camera)), Frame("camera")
+        return _turn(world, camera), Frame("camera")
     rotation = camera.rotation.transpose(-1, -2)
     back = Camera(rotation, camera.center, camera.intrinsics, camera.image_size)
-    return _turn(unit.normalize(shape), back), object_frame
+    return object_frame.normalize(_turn(world, back)), object_frame
 
 
 def _turn(shape: Meshes | Pointclouds, camera: Camera) -> Meshes | Pointclouds:
