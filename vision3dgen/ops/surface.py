@@ -224,7 +224,7 @@ def extract_surface(
     def evaluate(where: Bool[Tensor, "D H W"]) -> Float[Tensor, " N"]:
         index = where.nonzero().flip(1).double()  # (N, 3) x, y, z
         points = samples.to_world(index).to(dtype)
-        return torch.cat([_ask(field, piece).detach() for piece in points.split(chunk)])
+        return torch.cat([_ask(field, piece).to(dtype) for piece in points.split(chunk)])
 
     with torch.no_grad():
         known = torch.ones(samples.shape, dtype=torch.bool, device=device)
