@@ -365,7 +365,7 @@ def airplane(p: SimpleNamespace) -> Parts:
     wing_y = (low if low is not None else p.wing_height) * r
     wing_z = p.wing_position + (0.08 if fighter or p.planform == "delta" else 0.0)
     rise = 0.5 * span * tan(radians(p.dihedral))
-    wings = both(wing((0, wing_y, wing_z), span / 2, chords, sweep, rise, 0.034))
+    wings = both(wing((0, wing_y, wing_z), span / 2, chords, sweep, rise, 0.040))
 
     fin_chords = (0.17, 0.085)
     top = lift * r + p.fin_height
@@ -373,13 +373,13 @@ def airplane(p: SimpleNamespace) -> Parts:
     fin_x = 0.0
     if twin:
         fin_x = 1.1 * r if fighter else p.tail_span * 0.46
-    fin = wing((0, 0, 0.38), p.fin_height * (0.9 if twin else 1.0), fin_chords, 0.09, 0.0, 0.03).rotate((0, 0, 90))
+    fin = wing((0, 0, 0.38), p.fin_height * (0.9 if twin else 1.0), fin_chords, 0.09, 0.0, 0.036).rotate((0, 0, 90))
     fins = fin.translate((0, lift * r, 0))
     if twin:
         fins = both(fins.rotate((0, 0, -10 if fighter else 0)).translate((fin_x, 0 if fighter else -0.03, 0)))
     tail_y = top - 0.012 if p.tail == "t-tail" else lift * r
     tail_z = 0.455 if p.tail == "t-tail" else 0.405
-    stabilizers = both(wing((0, tail_y, tail_z), p.tail_span / 2, (0.13, 0.075), 0.06, 0.0, 0.028))
+    stabilizers = both(wing((0, tail_y, tail_z), p.tail_span / 2, (0.13, 0.075), 0.06, 0.0, 0.034))
     parts: Parts = {
         "fuselage": (fuselage, p.body),
         "wings": (wings, "gray" if p.body != "gray" else "steel"),
@@ -1141,7 +1141,9 @@ def lamp_shade(kind: str, width: Number, height: Number, taper: Number) -> Manif
 
 
 def lamp(p: SimpleNamespace) -> Parts:
-    s, w, h = p.stem, p.shade_width, p.shade_height
+    floor = p.style in ("floor", "arc", "tripod")
+    # On the axis, 32 voxels to the longest edge miss a round stem thinner than 4.4% of that edge.
+    s, w, h = p.stem * {"floor": 2.2, "arc": 2.2, "tripod": 1.8, "table": 1.0}.get(p.style, 1.3), p.shade_width, p.shade_height
     shade = lamp_shade(p.shade, w, h, p.shade_taper)
     bulb = ellipsoid((0.1, 0.13, 0.1), (0, -0.11, 0), 12)
     socket = tube([(0, 0.015, 0), (0, -0.09, 0)], 0.03, 10)
@@ -1165,7 +1167,6 @@ def lamp(p: SimpleNamespace) -> Parts:
         parts["canopy"] = (plate, p.metal)
         return parts
 
-    floor = p.style in ("floor", "arc", "tripod")
     tall = p.height * {"floor": 2.6, "arc": 2.8, "tripod": 2.2, "desk": 1.0}.get(p.style, 0.85)
     spread_ = p.base_width * (1.25 if floor else 1.0)
     if p.style == "desk":
@@ -1235,7 +1236,7 @@ def lamp(p: SimpleNamespace) -> Parts:
         parts["stem"] = (tube([(0, tall * 0.7, 0), (0, top, 0)], 0.5 * s, 10), "brass")
     else:
         parts["base"] = (base, p.metal)
-        collar = lathe([(m * tall, d) for m, d in ((p.belly_position - 0.06, s), (p.belly_position, 0.4 * p.belly),
+        collar = lathe([(m * tall, d) for m, d in ((p.belly_position - 0.06, s), (p.belly_position, (0.9 if floor else 0.4) * p.belly),
                                                    (p.belly_position + 0.06, s))])
         top = tall + h * 0.5
         parts["stem"] = (union(tube([(0, low - 0.02, 0), (0, top, 0)], 0.5 * s, 10), collar), p.metal)
@@ -1423,7 +1424,7 @@ RIFLE: Space = {
     "magazine": ("straight", "curved", "drum"),
     "bipod": ("none", "folded out"),
     "barrel_length": Range(0.28, 0.44),
-    "barrel": Range(0.024, 0.034),
+    "barrel": Range(0.030, 0.040),
     "receiver_length": Range(0.22, 0.30),
     "receiver_height": Range(0.055, 0.08),
     "receiver_width": Range(0.040, 0.052),
