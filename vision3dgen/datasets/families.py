@@ -1143,7 +1143,8 @@ def lamp_shade(kind: str, width: Number, height: Number, taper: Number) -> Manif
 def lamp(p: SimpleNamespace) -> Parts:
     floor = p.style in ("floor", "arc", "tripod")
     # On the axis, 32 voxels to the longest edge miss a round stem thinner than 4.4% of that edge.
-    s, w, h = p.stem * {"floor": 2.2, "arc": 2.2, "tripod": 1.8, "table": 1.0}.get(p.style, 1.3), p.shade_width, p.shade_height
+    s = p.stem * {"floor": 2.2, "arc": 2.2, "tripod": 1.8, "table": 1.0}.get(p.style, 1.3)
+    w, h = p.shade_width, p.shade_height
     shade = lamp_shade(p.shade, w, h, p.shade_taper)
     bulb = ellipsoid((0.1, 0.13, 0.1), (0, -0.11, 0), 12)
     socket = tube([(0, 0.015, 0), (0, -0.09, 0)], 0.03, 10)
@@ -1236,8 +1237,9 @@ def lamp(p: SimpleNamespace) -> Parts:
         parts["stem"] = (tube([(0, tall * 0.7, 0), (0, top, 0)], 0.5 * s, 10), "brass")
     else:
         parts["base"] = (base, p.metal)
-        collar = lathe([(m * tall, d) for m, d in ((p.belly_position - 0.06, s), (p.belly_position, (0.9 if floor else 0.4) * p.belly),
-                                                   (p.belly_position + 0.06, s))])
+        bead = (0.9 if floor else 0.4) * p.belly
+        rise = [(p.belly_position - 0.06, s), (p.belly_position, bead), (p.belly_position + 0.06, s)]
+        collar = lathe([(m * tall, d) for m, d in rise])
         top = tall + h * 0.5
         parts["stem"] = (union(tube([(0, low - 0.02, 0), (0, top, 0)], 0.5 * s, 10), collar), p.metal)
         if p.style == "floor" and p.arms == 3:
