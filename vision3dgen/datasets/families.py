@@ -1232,7 +1232,6 @@ def lamp(p: SimpleNamespace) -> Parts:
             ]
             body = union(*balls, lathe([(0, 0.9 * b), (0.025, 0.9 * b), (0.03, 0.5 * b)]))
         parts["base"] = (body, p.metal)
-        parts["stem"] = (tube([(0, tall * 0.7, 0), (0, tall + 0.10, 0)], 0.5 * s, 10), "brass")
         top = tall + 0.06 + h * 0.8
         parts["stem"] = (tube([(0, tall * 0.7, 0), (0, top, 0)], 0.5 * s, 10), "brass")
     else:
