@@ -24,7 +24,7 @@ from rich.logging import RichHandler
 from rich.markdown import Markdown
 from torch import Tensor
 
-from vision3dgen.config import Config, ConfigError, load
+from vision3dgen.config import Config, ConfigError, load, merge
 from vision3dgen.datasets import collate
 from vision3dgen.experiment import Run, environment, predictor, score
 from vision3dgen.files import atomic_write
@@ -87,16 +87,7 @@ def create_runs(config: Config, out: Path) -> dict[str, Run]:
     if not isinstance(config.get("runs"), Config):
         raise ConfigError(f"{config.source}: needs runs: a mapping of names to what differs between them")
     shared = Config({k: v for k, v in config.items() if k != "runs"}, config.source, config.sources)
-    return {name: Run.create(out / name, merged(shared, own)) for name, own in config["runs"].items()}
-
-
-def merged(base: Config, over: Mapping[str, Any]) -> Config:
-    """`base` with the values of `over`, mapping by mapping."""
-    result = Config(base, base.source, base.sources | getattr(over, "sources", {}), base.key)
-    for key, value in over.items():
-        old = result.get(key)
-        result[key] = merged(old, value) if isinstance(old, Config) and isinstance(value, Config) else value
-    return result
+    return {name: Run.create(out / name, merge(shared, own)) for name, own in config["runs"].items()}
 
 
 def with_baselines(runs: Mapping[str, Run], device: torch.device) -> dict[str, Predict]:

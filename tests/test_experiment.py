@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from vision3dgen import cli
-from vision3dgen.config import ConfigError, load
-from vision3dgen.experiment import Run
+from vision3dgen.config import Config, ConfigError, construct, load, merge
+from vision3dgen.experiment import Experiment, Run
 from vision3dgen.io import load_mesh
 
 CONFIG = """\
@@ -137,8 +137,13 @@ def test_help_needs_no_torch():
     assert done.stdout.strip() == "False"
 
 
-def test_every_configuration_of_the_repository_loads_with_its_tiny_preset():
-    configs = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
-    assert configs
-    for path in configs:
-        load(path, preset="tiny")
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("preset", [None, "tiny"])
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_of_the_repository_builds(path, preset):
+    config = load(path, preset=preset)
+    shared = Config({k: v for k, v in config.items() if k != "runs"}, config.source, config.sources)
+    for own in config.get("runs", {"": Config({}, "", {})}).values():
+        construct(Experiment, merge(shared, own)).check()

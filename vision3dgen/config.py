@@ -135,7 +135,7 @@ def load(path: str | os.PathLike[str], overrides: Iterable[str] = (), *, preset:
     if preset is not None:
         if preset not in presets:
             raise ConfigError(f"{path}: no preset {preset!r}; it has {sorted(presets) or 'none'}")
-        config = _merge(config, presets[preset])
+        config = merge(config, presets[preset])
     for override in overrides:
         _override(config, override)
     try:
@@ -185,15 +185,16 @@ def _read_file(path: Path, above: tuple[Path, ...]) -> Config:
         raise ConfigError(f"{source}: inherit must be the name of a file in {path.parent}, got {_show(parent)}")
     if path.parent / parent in (*above, path):
         raise ConfigError(f"{source}: {path} inherits itself through {parent}")
-    return _merge(_read_file(path.parent / parent, (*above, path)), config)
+    return merge(_read_file(path.parent / parent, (*above, path)), config)
 
 
-def _merge(base: Config, over: Config) -> Config:
+def merge(base: Config, over: Config) -> Config:
+    """`base` with the values of `over`, key by key; a mapping that gives another `name` replaces the old one whole."""
     merged = Config(base, over.source, base.sources | over.sources)
     for key, value in over.items():
         old = base.get(key)
         if isinstance(old, Config) and isinstance(value, Config) and _same_name(old, value):
-            value = _merge(old, value)
+            value = merge(old, value)
         merged[key] = value
     return merged
 

@@ -153,7 +153,7 @@ class Run:
             collate,
             experiment.loader.num_workers,
         )
-        given = dict(zip(GIVEN_TO_TRAINER, (experiment.build_model(), data, self.folder, experiment.seed)))
+        given: dict[str, Any] = dict(zip(GIVEN_TO_TRAINER, (experiment.build_model(), data, self.folder, experiment.seed)))
         trainer = construct(Trainer, experiment.trainer, where="trainer", **given)
         return trainer.fit(self._validation() if trainer.validation else None, resume=resume)
 
