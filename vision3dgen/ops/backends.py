@@ -1,12 +1,14 @@
 """Which implementation runs an operator, and in which precision.
 
-`torch` (default) needs no compiler: SciPy's KD-tree where it wins on CPU, tiled torch elsewhere. `pytorch3d` hands the
-call to PyTorch3D. The choice is explicit, by argument or by `use_backend`: a backend that is not installed is an error,
-never a silent change of numbers.
+`torch` (default) needs no compiler: SciPy's KD-tree where it wins on CPU, Triton kernels on CUDA where Triton is
+installed, tiled torch elsewhere. `pytorch3d` hands the call to PyTorch3D. The choice is explicit, by argument or by
+`use_backend`: a backend that is not installed is an error, never a silent change of numbers.
 """
 
 import functools
 import importlib
+import importlib.util
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
@@ -17,6 +19,7 @@ from torch import Tensor
 from vision3dgen.checks import check_choice
 
 BACKENDS = ("torch", "pytorch3d")
+_log = logging.getLogger(__name__)
 _chosen = "torch"  # for the whole process: torch.compile traces a global, not a ContextVar
 
 P = ParamSpec("P")
@@ -55,6 +58,21 @@ def import_pytorch3d(module: str) -> Any:
             f'backend "pytorch3d" needs {module}, which does not import here ({error}): '
             'pip install "vision3dgen[pytorch3d]"'
         ) from error
+
+
+@torch.compiler.assume_constant_result  # so that a graph holds the kernels, not the search for them
+def triton_runs_on(device_type: str) -> bool:
+    """Whether tensors on this device go to the Triton kernels, which are then in `torch.ops.vision3dgen`."""
+    return device_type == "cuda" and _import_kernels()
+
+
+@functools.cache
+def _import_kernels() -> bool:
+    if importlib.util.find_spec("triton") is None:
+        _log.warning("Triton is not installed: on CUDA, neighbors and farthest points run on plain torch, slower")
+        return False
+    importlib.import_module("vision3dgen.ops.kernels")
+    return True
 
 
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:

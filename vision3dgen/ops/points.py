@@ -19,11 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vision3dgen.checks import check_choice, check_finite, check_shape
-from vision3dgen.ops.backends import full_precision, import_pytorch3d, resolve_backend
+from vision3dgen.ops.backends import full_precision, import_pytorch3d, resolve_backend, triton_runs_on
 
 DISTANCE_BYTES = 64 * 2**20  # the most bytes of pairwise distances held at once
 TILE_COLUMNS = 2**16  # the most points of the searched cloud in one tile of distances
 PAIRS_AT_ONCE = DISTANCE_BYTES // 64  # the most pairs of a radius search listed at once
+KERNEL_NEIGHBORS = 32  # the most neighbors, and
+KERNEL_DIMENSIONS = 16  # axes, that the Triton kernels keep in registers
 TREE_DIMENSIONS = 8  # a KD-tree prunes little beyond
 TREE_PAIRS = 2**12  # fewer pairs than this are faster to measure than to sort into a tree
 
@@ -166,10 +168,16 @@ def nearest_indices(
 ) -> Int[Tensor, "B N K"]:
     """Indices of the K nearest points, nearest first; undefined where either cloud has no such point."""
     _, queries, dimensions = p1.shape
+    if K <= KERNEL_NEIGHBORS and _kernels_take(p1):
+        return torch.ops.vision3dgen.nearest_indices(p1, p2, lengths1, lengths2, norm, K)
     large = dimensions <= TREE_DIMENSIONS and queries * p2.shape[1] >= TREE_PAIRS
     if large and p1.device.type == "cpu" and not torch.compiler.is_compiling():
         return _tree_search(p1, p2, lengths1, lengths2, norm, K)
     return _tiled_search(p1, p2, lengths2, norm, K)
+
+
+def _kernels_take(points: Float[Tensor, "B N D"]) -> bool:
+    return 0 < points.shape[2] <= KERNEL_DIMENSIONS and triton_runs_on(points.device.type)
 
 
 def build_tree(points: np.ndarray) -> cKDTree:
@@ -379,8 +387,11 @@ def sample_farthest_points(
         draw = torch.rand(size["B"], generator=generator, dtype=torch.float64, device=device).to(points.device)
         start = (draw * counts).long()
     columns = int(wanted.max()) if size["B"] else 0
-    search = _farthest_numpy if points.device.type == "cpu" else _farthest_torch
-    idx = search(points.detach(), counts, columns, start)
+    if _kernels_take(points):
+        idx = torch.ops.vision3dgen.farthest_indices(points.detach(), counts, columns, start)
+    else:
+        search = _farthest_numpy if points.device.type == "cpu" else _farthest_torch
+        idx = search(points.detach(), counts, columns, start)
     idx = idx.where(within(wanted.minimum(counts), columns), -1)
     return masked_gather(points, idx), idx
 
