@@ -1,0 +1,311 @@
+"""Figures: grids of pictures with titles, comparisons of reconstructions, training and threshold curves.
+
+Colors are those of `scene.PALETTE`, which color-blind readers can tell apart. Grids are drawn with Pillow alone; curves
+need matplotlib, and a path ending in .pdf or .svg gives vectors.
+"""
+
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from vision3dgen.files import atomic_write
+from vision3dgen.io import write_png
+from vision3dgen.viz.scene import PALETTE, TRUTH_COLOR, Job, Renderings, Sample, fit_camera, font, label, render_many
+
+Picture = np.ndarray | Tensor  # (H, W, 3) uint8, or a tensor (3, H, W) in [0, 1]
+PathLike = str | os.PathLike[str]
+
+_INK = (40, 40, 40)
+_PALE = (110, 110, 110)
+
+
+# -------------------------------------------------------------------------------------------------------- grids
+
+
+def gallery(
+    rows: Sequence[Sequence[Picture | None]],
+    column_titles: Sequence[str] = (),
+    row_titles: Sequence[str] = (),
+    path: PathLike | None = None,
+    *,
+    captions: Sequence[Sequence[str]] = (),
+    gap: int = 6,
+) -> np.ndarray:
+    """One picture (H, W, 3) of pictures in rows, written to `path` as PNG if one is given.
+
+    rows: pictures (H, W, 3) uint8 or tensors (3, H, W) in [0, 1], None for an empty cell; rows may differ in length.
+    Cells are as large as the largest picture, smaller ones are enlarged. captions: a line under each cell. Row titles
+    stand upright at the left; titles too long for their cell end in an ellipsis.
+    """
+    pictures = [
+        [None if cell is None else _pixels(cell, (i, j)) for j, cell in enumerate(r)] for i, r in enumerate(rows)
+    ]
+    drawn = [cell for row in pictures for cell in row if cell is not None]
+    if not drawn:
+        raise ValueError("rows must hold at least one picture")
+    columns = max(len(row) for row in pictures)
+    for name, titles, count in (("column_titles", column_titles, columns), ("row_titles", row_titles, len(pictures))):
+        if titles and len(titles) != count:
+            raise ValueError(f"{name} must be {count}, one each, or none; got {len(titles)}")
+    if captions and [len(line) for line in captions] != [len(row) for row in pictures]:
+        raise ValueError(
+            f"captions must be one per cell, {[len(r) for r in pictures]}, got {[len(c) for c in captions]}"
+        )
+
+    height, width = (max(cell.shape[axis] for cell in drawn) for axis in (0, 1))
+    text = max(round(min(height, width) / 13), 10)  # height of letters
+    line = round(text * 1.7)
+    left, top, bottom = line * bool(row_titles), line * bool(column_titles), line * bool(captions)
+    step_x, step_y = width + gap, height + bottom + gap
+    sheet = Image.new("RGB", (left + columns * step_x + gap, top + len(pictures) * step_y + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for j, title in enumerate(column_titles):
+        middle = (left + gap + j * step_x + width / 2, gap + top / 2)
+        draw.text(middle, _shorten(title, width, text), fill=_INK, font=font(text), anchor="mm")
+    for i, row in enumerate(pictures):
+        y = top + gap + i * step_y
+        if row_titles:
+            strip = Image.new("RGB", (height, line), "white")
+            words = _shorten(row_titles[i], height, text * 0.85)
+            ImageDraw.Draw(strip).text((height / 2, line / 2), words, fill=_PALE, font=font(text * 0.85), anchor="mm")
+            sheet.paste(strip.rotate(90, expand=True), (gap // 2, y))
+        for j, cell in enumerate(row):
+            x = left + gap + j * step_x
+            if cell is not None:
+                sheet.paste(_fitted(cell, (height, width)), (x, y))
+            if captions and captions[i][j]:
+                words = _shorten(captions[i][j], width, text * 0.85)
+                middle = (x + width / 2, y + height + bottom / 2)
+                draw.text(middle, words, fill=_PALE, font=font(text * 0.85), anchor="mm")
+    pixels = np.array(sheet)
+    if path is not None:
+        write_png(path, pixels)
+    return pixels
+
+
+def image_grid(
+    images: Sequence[Picture] | Tensor, path: PathLike | None = None, *, columns: int | None = None, gap: int = 2
+) -> np.ndarray:
+    """Pictures in a grid as near to square as they fill, or with so many `columns`."""
+    images = list(images)
+    if not images:
+        raise ValueError("images must hold at least one picture")
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    return gallery([images[i : i + columns] for i in range(0, len(images), columns)], path=path, gap=gap)
+
+
+def reconstruction_gallery(
+    samples: Sequence[Sample],
+    path: PathLike | None = None,
+    *,
+    size: tuple[int, int] = (240, 240),
+    renderer: str = "auto",
+) -> Renderings:
+    """A row per sample: its image, each head's shape, the truth; all through the image's camera, or one that fits.
+
+    A head that made nothing of a sample gets a cell that says so. The result holds the sheet and the renderer used.
+    """
+    samples = list(samples)
+    if not samples:
+        raise ValueError("samples must be at least one")
+    heads = list(dict.fromkeys(name for sample in samples for name in sample.predictions))
+    with_image, with_truth = any(s.image is not None for s in samples), any(s.truth is not None for s in samples)
+    names = [*heads, *["truth"] * with_truth]
+    colors = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(heads)} | {"truth": TRUTH_COLOR}
+
+    jobs: dict[tuple[int, str], Job] = {}
+    for i, sample in enumerate(samples):
+        shapes = sample.shapes()
+        camera = sample.camera if sample.camera is not None else fit_camera(list(shapes.values()), size)
+        for name in names:
+            if name in shapes:
+                jobs[i, name] = Job(shapes[name], camera, colors[name])
+    result = render_many(list(jobs.values()), size=size, renderer=renderer)
+    cells = dict(zip(jobs, result.images))
+    rows, captions = [], []
+    for i, sample in enumerate(samples):
+        inputs = [sample.image] if with_image else []
+        rows.append([*inputs, *(cells.get((i, name), label("none", size)) for name in names)])
+        captions.append([*[""] * len(inputs), *(sample.captions.get(name, "") for name in names)])
+    sheet = gallery(
+        rows,
+        [*["input"] * with_image, *names],
+        [sample.title for sample in samples] if any(sample.title for sample in samples) else (),
+        path,
+        captions=captions if any(any(line) for line in captions) else (),
+    )
+    return Renderings([sheet], result.renderer)
+
+
+def _pixels(picture: Picture, cell: tuple[int, int]) -> np.ndarray:
+    if isinstance(picture, Tensor):
+        if picture.ndim == 3 and picture.shape[0] in (1, 3) and picture.is_floating_point():
+            shown = picture.detach().cpu().clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0)
+            return (shown * 255).round().to(torch.uint8).numpy()
+    elif picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3:
+        return picture
+    raise ValueError(
+        f"the picture in row {cell[0]}, column {cell[1]} must be an array (H, W, 3) uint8 or a tensor (3, H, W) "
+        f"in [0, 1], got {tuple(picture.shape)} of {picture.dtype}"
+    )
+
+
+def _fitted(picture: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    """The picture enlarged to fill a cell, in the middle of it, its proportions kept."""
+    image = Image.fromarray(picture)
+    if (image.height, image.width) == size:
+        return image
+    scale = min(size[0] / image.height, size[1] / image.width)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    cell = Image.new("RGB", (size[1], size[0]), "white")
+    cell.paste(image, ((size[1] - image.width) // 2, (size[0] - image.height) // 2))
+    return cell
+
+
+def _shorten(text: str, width: int, height: float) -> str:
+    """The text, or its start and an ellipsis, in at most `width` pixels."""
+    face = font(height)
+    if face.getlength(text) <= width:
+        return text
+    while text and face.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
+
+
+# ------------------------------------------------------------------------------------------------------- curves
+
+
+def curves(
+    runs: Mapping[str, PathLike | Sequence[Mapping[str, Any]]],
+    path: PathLike,
+    *,
+    keys: Sequence[str] | None = None,
+) -> None:
+    """Training curves, a panel per quantity and a line per run, against the step.
+
+    runs: metrics.jsonl files (or their records, dicts with "step") by name. keys: what to draw; by default everything
+    that ends in "loss" and everything measured on validation ("val/..."). Entries that are missing or null are skipped.
+    Quantities that are measured often are drawn pale, with their running mean on top; losses on a logarithmic axis.
+    """
+    records = {
+        name: _read_jsonl(Path(run)) if isinstance(run, str | os.PathLike) else list(run) for name, run in runs.items()
+    }
+    found = list(dict.fromkeys(key for entries in records.values() for entry in entries for key in entry))
+    chosen = list(keys) if keys is not None else [k for k in found if k.endswith("loss") or k.startswith("val/")]
+    missing = [key for key in chosen if key not in found]
+    if missing or not chosen:
+        raise ValueError(f"no curve for {missing or 'any loss or val/ key'}; the records have {sorted(found)}")
+    figure, axes = _figure(len(chosen))
+    for axis, key in zip(axes, chosen):
+        smallest, largest = math.inf, -math.inf
+        for index, (name, entries) in enumerate(records.items()):
+            series = [(entry["step"], entry[key]) for entry in entries if entry.get(key) is not None]
+            if not series:
+                continue
+            steps, values = (np.array(column, dtype=float) for column in zip(*series))
+            smallest, largest = min(smallest, values.min()), max(largest, values.max())
+            color = PALETTE[index % len(PALETTE)]
+            dense = len(values) > 60
+            if dense:
+                axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+                values = _running_mean(values, len(values) // 30)
+            axis.plot(steps, values, color=color, label=name, marker="" if dense else "o", markersize=3)
+        if key.endswith("loss") and smallest > 0 and largest > 10 * smallest:
+            axis.set_yscale("log")
+        axis.set_title(key)
+        axis.set_xlabel("step")
+    _legend(figure, axes)
+    _save(figure, path)
+
+
+def threshold_curve(
+    thresholds: Sequence[float] | Tensor,
+    scores: Mapping[str, tuple[Sequence[float] | Tensor, Sequence[float] | Tensor]],
+    path: PathLike,
+    *,
+    label: str = "threshold",
+) -> None:
+    """Precision, recall and F1, their harmonic mean, over the threshold; a line per head.
+
+    thresholds (T,); scores: (precision (T,), recall (T,)) by name, each in [0, 1].
+    """
+    x = np.asarray(thresholds, dtype=float)
+    figure, axes = _figure(3)
+    for index, (name, pair) in enumerate(scores.items()):
+        precision, recall = (np.asarray(values, dtype=float) for values in pair)
+        if precision.shape != x.shape or recall.shape != x.shape:
+            raise ValueError(
+                f"precision and recall of {name!r} must be {x.shape} like thresholds, "
+                f"got {precision.shape} and {recall.shape}"
+            )
+        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-30)
+        for axis, values in zip(axes, (precision, recall, f1)):
+            axis.plot(x, values, color=PALETTE[index % len(PALETTE)], label=name)
+    for axis, title in zip(axes, ("Precision", "Recall", "F1")):
+        axis.set(title=title, xlabel=label, ylim=(-0.02, 1.02))
+    _legend(figure, axes)
+    _save(figure, path)
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    entries = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
+    return entries
+
+
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Means of the last `window` values, of fewer at the start."""
+    total = np.concatenate([[0.0], values.cumsum()])
+    stop = np.arange(1, len(total))
+    start = np.maximum(stop - max(window, 1), 0)
+    return (total[stop] - total[start]) / (stop - start)
+
+
+def _figure(panels: int) -> tuple[Any, list[Any]]:
+    """A figure without a window and its axes, at most four in a row."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('curves need matplotlib: pip install "vision3dgen[viz]"') from error
+    columns = min(panels, 4)
+    rows = math.ceil(panels / columns)
+    figure = Figure(figsize=(3.4 * columns, 2.7 * rows), dpi=150, layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[panels:]:
+        axis.remove()
+    for axis in axes[:panels]:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.tick_params(labelsize=8)
+        axis.title.set_fontsize(10)
+        axis.xaxis.label.set_fontsize(8)
+    return figure, axes[:panels]
+
+
+def _legend(figure: Any, axes: Sequence[Any]) -> None:
+    lines = {text: line for axis in axes for line, text in zip(*axis.get_legend_handles_labels())}
+    columns = max(1, min(len(lines), len(axes) * 2))
+    figure.legend(lines.values(), lines, loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
+
+
+def _save(figure: Any, path: PathLike) -> None:
+    suffix = Path(path).suffix.lower().lstrip(".") or "png"
+    if suffix not in ("png", "pdf", "svg"):
+        raise ValueError(f"{path}: figures are written as .png, .pdf or .svg, not .{suffix}")
+    content = io.BytesIO()
+    figure.savefig(content, format=suffix)
+    with atomic_write(path) as file:
+        file.write(content.getvalue())
