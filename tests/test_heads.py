@@ -5,6 +5,7 @@ import torch
 from tests.published import OUTPUTS, filled, layout, shapes_of, uniform
 from vision3dgen.backbones import resnet18
 from vision3dgen.heads import HEADS, OccupancyHead, VoxelHead
+from vision3dgen.heads.voxel import PRIOR
 from vision3dgen.models import IMAGENET_MEAN, IMAGENET_STD, SingleView
 from vision3dgen.structures import GridSpec
 
@@ -42,13 +43,13 @@ def test_every_head_keeps_the_contract(name):
     assert 0 < head.threshold < 1
 
 
-@pytest.mark.parametrize("name", sorted(HEADS))
-def test_the_initial_loss_is_that_of_a_coin(name):
+@pytest.mark.parametrize("name, prior", [("occupancy", 0.5), ("voxels", PRIOR)])
+def test_the_initial_loss_is_that_of_the_prior(name, prior):
     torch.manual_seed(0)
     head = tiny_head(name)
     loss = float(head.loss(head(features()), batch())["loss"].detach())
     per_point = loss / (19 if name == "occupancy" else 1)
-    assert per_point == pytest.approx(np.log(2), abs=0.25)
+    assert per_point == pytest.approx(-0.5 * np.log(prior) - 0.5 * np.log(1 - prior), abs=0.25)  # half are occupied
 
 
 def test_occupancy_network_layout_and_outputs_are_the_published_ones(shared_data):

@@ -14,8 +14,8 @@ import pytest
 import trimesh
 from manifold3d import Manifold, Mesh64
 
-from vision3dgen.datasets import families
-from vision3dgen.datasets.families import FAMILIES, ROUND, SQUARE, Range
+from vision3dgen.datasets import solids
+from vision3dgen.datasets.families import FAMILIES, Range
 from vision3dgen.datasets.procedural import (
     CATEGORIES,
     Shape,
@@ -26,6 +26,7 @@ from vision3dgen.datasets.procedural import (
     parameter_space,
     separate,
 )
+from vision3dgen.datasets.solids import ROUND, SQUARE
 
 NAMES = list(CATEGORIES.values())
 
@@ -283,21 +284,21 @@ def extent(solid: Manifold) -> np.ndarray:
 
 
 def test_boxes():
-    solid = families.box((2.0, 3.0, 5.0), (1.0, 0.0, -1.0))
+    solid = solids.box((2.0, 3.0, 5.0), (1.0, 0.0, -1.0))
     np.testing.assert_allclose(solid.volume(), 30.0, rtol=1e-6)
     np.testing.assert_allclose(extent(solid), [[0, -1.5, -3.5], [2, 1.5, 1.5]], atol=1e-6)
     # Chamfers of leg b cut 12 edge prisms of b^2/2 less what they share: the eight corners keep b^3/6 of each b-cube.
     b = 0.25
     edges = 4 * b**2 / 2 * (2 + 3 + 5 - 6 * b)
-    np.testing.assert_allclose(families.box((2, 3, 5), bevel=b).volume(), 30 - edges - 8 * b**3 * 5 / 6, rtol=1e-5)
-    assert families.box((2, 3, 5), bevel=b).volume() < families.box((2, 3, 5), bevel=b, segments=3).volume() < 30
+    np.testing.assert_allclose(solids.box((2, 3, 5), bevel=b).volume(), 30 - edges - 8 * b**3 * 5 / 6, rtol=1e-5)
+    assert solids.box((2, 3, 5), bevel=b).volume() < solids.box((2, 3, 5), bevel=b, segments=3).volume() < 30
 
 
 def test_lofts_along_each_axis():
     for axis, order in {"x": (2, 1, 0), "y": (0, 2, 1), "z": (0, 1, 2)}.items():
         top = [0.0, 0.0, 0.0]
         top[order[2]] = 3.0
-        solid = families.loft([((0, 0, 0), 2.0, 4.0), ((top[0], top[1], top[2]), 1.0, 2.0)], axis, SQUARE)
+        solid = solids.loft([((0, 0, 0), 2.0, 4.0), ((top[0], top[1], top[2]), 1.0, 2.0)], axis, SQUARE)
         np.testing.assert_allclose(solid.volume(), 3.0 / 3 * (8 + 2 + sqrt(8 * 2)), rtol=1e-5)
         size = extent(solid)[1] - extent(solid)[0]
         np.testing.assert_allclose(size[list(order)], [2.0, 4.0, 3.0], atol=1e-5)
@@ -305,49 +306,49 @@ def test_lofts_along_each_axis():
 
 def test_round_solids_approach_their_formulas():
     polygon = 20 / 2 * np.sin(2 * pi / 20) * (0.5 / np.cos(pi / 20)) ** 2  # area of ROUND, whose flats touch the square
-    assert families.lathe([(0, 2.0), (3, 2.0)]).volume() == pytest.approx(polygon * 4 * 3, rel=1e-4)
-    assert families.lathe([(3, 2.0), (0, 2.0)]).volume() > 0  # stations in either direction
+    assert solids.lathe([(0, 2.0), (3, 2.0)]).volume() == pytest.approx(polygon * 4 * 3, rel=1e-4)
+    assert solids.lathe([(3, 2.0), (0, 2.0)]).volume() > 0  # stations in either direction
     twelve = 12 / 2 * np.sin(2 * pi / 12)
-    assert families.tube([(1, 1, 1), (1, 4, 5)], 0.5).volume() == pytest.approx(twelve * 0.25 * 5, rel=1e-4)
+    assert solids.tube([(1, 1, 1), (1, 4, 5)], 0.5).volume() == pytest.approx(twelve * 0.25 * 5, rel=1e-4)
     np.testing.assert_allclose(
-        extent(families.ellipsoid((1, 2, 3), (1, 1, 1))), [[0.5, 0, -0.5], [1.5, 2, 2.5]], atol=1e-6
+        extent(solids.ellipsoid((1, 2, 3), (1, 1, 1))), [[0.5, 0, -0.5], [1.5, 2, 2.5]], atol=1e-6
     )
     np.testing.assert_allclose(
-        extent(families.torus(2.0, 0.5, "x")), [[-0.25, -1.25, -1.25], [0.25, 1.25, 1.25]], atol=0.02
+        extent(solids.torus(2.0, 0.5, "x")), [[-0.25, -1.25, -1.25], [0.25, 1.25, 1.25]], atol=0.02
     )
     np.testing.assert_allclose(
-        extent(families.cushion((3, 1, 2), axis="z")), [[-1.5, -0.5, -1], [1.5, 0.5, 1]], atol=1e-5
+        extent(solids.cushion((3, 1, 2), axis="z")), [[-1.5, -0.5, -1], [1.5, 0.5, 1]], atol=1e-5
     )
 
 
 def test_extrusions_keep_their_orientation():
     corner = [(0, 0), (3, 0), (3, 1), (1, 1), (1, 2), (0, 2)]  # an L, no convex outline
     for outline in (corner, corner[::-1]):
-        assert families.extrude(outline, 2.0, "z").volume() == pytest.approx(8.0, rel=1e-6)
-    np.testing.assert_allclose(extent(families.extrude(corner, 2.0, "x")), [[-1, 0, 0], [1, 2, 3]], atol=1e-6)
-    np.testing.assert_allclose(extent(families.extrude(corner, 2.0, "y")), [[0, -1, 0], [3, 1, 2]], atol=1e-6)
-    np.testing.assert_allclose(extent(families.extrude(corner, 2.0, "z")), [[0, 0, -1], [3, 2, 1]], atol=1e-6)
-    beveled = families.extrude(families.rectangle(2, 1), 0.5, "y", bevel=0.1)
+        assert solids.extrude(outline, 2.0, "z").volume() == pytest.approx(8.0, rel=1e-6)
+    np.testing.assert_allclose(extent(solids.extrude(corner, 2.0, "x")), [[-1, 0, 0], [1, 2, 3]], atol=1e-6)
+    np.testing.assert_allclose(extent(solids.extrude(corner, 2.0, "y")), [[0, -1, 0], [3, 1, 2]], atol=1e-6)
+    np.testing.assert_allclose(extent(solids.extrude(corner, 2.0, "z")), [[0, 0, -1], [3, 2, 1]], atol=1e-6)
+    beveled = solids.extrude(solids.rectangle(2, 1), 0.5, "y", bevel=0.1)
     np.testing.assert_allclose(extent(beveled), [[-1, -0.25, -0.5], [1, 0.25, 0.5]], atol=1e-6)
     assert beveled.volume() < 1.0
 
 
 def test_outlines():
-    for outline in (ROUND, SQUARE, families.superellipse(5.0, 24)):
+    for outline in (ROUND, SQUARE, solids.superellipse(5.0, 24)):
         np.testing.assert_allclose([outline.min(axis=0), outline.max(axis=0)], [[-0.5, -0.5], [0.5, 0.5]], atol=1e-12)
     waypoints = [(0, 0, 0), (1, 0, 0), (1, 2, 0), (4, 2, 1)]
-    np.testing.assert_allclose(families.curve(waypoints, 5)[::5], waypoints, atol=1e-12)
-    path = families.rounded(waypoints, 0.3, closed=False)
+    np.testing.assert_allclose(solids.curve(waypoints, 5)[::5], waypoints, atol=1e-12)
+    path = solids.rounded(waypoints, 0.3, closed=False)
     np.testing.assert_allclose(path[[0, -1]], [waypoints[0], waypoints[-1]])
     np.testing.assert_allclose(path[1], (0.7, 0, 0))
     np.testing.assert_allclose(path[3], (0.925, 0.075, 0))  # the parabola's middle: a quarter, a half and a quarter
-    strip = families.arc_strip(2.0, 0.3, 0.1)
+    strip = solids.arc_strip(2.0, 0.3, 0.1)
     np.testing.assert_allclose([strip[0], strip[6]], [(-1, 0), (0, 0.3)], atol=1e-12)
 
 
 def test_unions_move_solids_less_than_anyone_sees_and_mirrors_are_symmetric():
-    boxes = [families.box((1, 1, 1), (0.9 * i, 0, 0)) for i in range(5)]
-    np.testing.assert_allclose(extent(families.union(*boxes)), [[-0.5, -0.5, -0.5], [4.1, 0.5, 0.5]], atol=5.1e-4)
-    pair = families.both(families.box((1, 1, 1), (0.4, 0, 0)))
+    boxes = [solids.box((1, 1, 1), (0.9 * i, 0, 0)) for i in range(5)]
+    np.testing.assert_allclose(extent(solids.union(*boxes)), [[-0.5, -0.5, -0.5], [4.1, 0.5, 0.5]], atol=5.1e-4)
+    pair = solids.both(solids.box((1, 1, 1), (0.4, 0, 0)))
     np.testing.assert_allclose(extent(pair)[:, 0], [-0.9, 0.9], atol=5.1e-4)
-    np.testing.assert_allclose(families.spread(4, 2.0), [-0.75, -0.25, 0.25, 0.75])
+    np.testing.assert_allclose(solids.spread(4, 2.0), [-0.75, -0.25, 0.25, 0.75])

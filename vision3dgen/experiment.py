@@ -92,7 +92,8 @@ class Experiment:
     def prepare_data(self) -> None:
         """Make the data the configuration describes; what is complete already is left as it is."""
         if self.prepare is not None:
-            build(self.prepare, PREPARE)
+            with engine.main_process_first():
+                build(self.prepare, PREPARE)
 
     def dataset(self, split: str, **arguments: Any) -> Any:
         """A split of the data; `arguments` replace those of the configuration."""
@@ -127,10 +128,11 @@ class Run:
         experiment.check()
         folder = Path(folder)
         path = folder / "config.yaml"
-        if path.exists() and load(path) != config:
-            raise ConfigError(f"{path} holds another configuration than the one given; choose another run folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        save(config, path)
+        with engine.main_process_first():
+            if path.exists() and load(path) != config:
+                raise ConfigError(f"{path} holds another configuration than the one given; choose another run folder")
+            folder.mkdir(parents=True, exist_ok=True)
+            save(config, path)
         return Run(folder, experiment)
 
     @staticmethod
@@ -153,7 +155,9 @@ class Run:
             collate,
             experiment.loader.num_workers,
         )
-        given: dict[str, Any] = dict(zip(GIVEN_TO_TRAINER, (experiment.build_model(), data, self.folder, experiment.seed)))
+        given: dict[str, Any] = dict(
+            zip(GIVEN_TO_TRAINER, (experiment.build_model(), data, self.folder, experiment.seed))
+        )
         trainer = construct(Trainer, experiment.trainer, where="trainer", **given)
         return trainer.fit(self._validation() if trainer.validation else None, resume=resume)
 

@@ -15,7 +15,8 @@ from jaxtyping import Float, Int
 from manifold3d import Error
 from scipy.spatial import cKDTree
 
-from vision3dgen.datasets.families import COLORS, FAMILIES, Range, union
+from vision3dgen.datasets.families import COLORS, FAMILIES, Range
+from vision3dgen.datasets.solids import union
 
 CATEGORIES: dict[str, str] = {
     "02691156": "airplane",

@@ -34,6 +34,15 @@ class Result(NamedTuple):
     checkpoint: Path  # the best one if there was validation, else the last
 
 
+@contextmanager
+def main_process_first() -> Iterator[None]:
+    """Run the block in the first process of this machine before the others, which then find what it wrote."""
+    from accelerate import PartialState  # slow to import
+
+    with PartialState().local_main_process_first():
+        yield
+
+
 class Objective(nn.Module):
     """`model.loss` as a forward pass: DDP synchronizes gradients only of what goes through its own forward."""
 

@@ -2,9 +2,11 @@
 
 Source: the decoder of Choy et al. 2016 (3D-R2N2) in the feed-forward form used by Mescheder et al. 2019:
 code -> 256 x 4^3 -> three stride-2 transposed convolutions -> one logit per voxel.
-Differs: batch normalization after each transposed convolution, which trains several times faster.
+Differs: batch normalization after each transposed convolution, and a last bias that starts at the share of voxels that
+are occupied (as Lin et al. 2017 start a detector): both save the first thousand steps.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from torch.nn import functional as F
 from vision3dgen.heads.head import Head
 from vision3dgen.ops import isosurface
 from vision3dgen.structures import GridSpec, Meshes
+
+PRIOR = 0.1  # about the share of a unit cube that an object with longest edge 1 fills
 
 
 class VoxelHead(Head):
@@ -46,7 +50,10 @@ class VoxelHead(Head):
                 nn.ReLU(),
             ]
             inputs = outputs
-        self.deconv = nn.Sequential(*layers, nn.Conv3d(inputs, 1, 1))
+        last = nn.Conv3d(inputs, 1, 1)
+        assert last.bias is not None
+        nn.init.constant_(last.bias, math.log(PRIOR / (1 - PRIOR)))
+        self.deconv = nn.Sequential(*layers, last)
 
     def forward(self, features: list[Tensor]) -> Float[Tensor, "B D H W"]:
         code = self.fc(features[-1].mean(dim=(2, 3))).relu()  # (B, K)
