@@ -19,6 +19,7 @@ from torch import Tensor
 from vision3dgen.checks import check_choice
 
 BACKENDS = ("torch", "pytorch3d")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 _log = logging.getLogger(__name__)
 _chosen = "torch"  # for the whole process: torch.compile traces a global, not a ContextVar
 
@@ -60,19 +61,16 @@ def import_pytorch3d(module: str) -> Any:
         ) from error
 
 
-@torch.compiler.assume_constant_result  # so that a graph holds the kernels, not the search for them
 def triton_runs_on(device_type: str) -> bool:
-    """Whether tensors on this device go to the Triton kernels, which are then in `torch.ops.vision3dgen`."""
-    return device_type == "cuda" and _import_kernels()
+    """Whether tensors on this device go to the Triton kernels of `vision3dgen.ops.kernels`."""
+    if device_type == "cuda" and not HAS_TRITON and not torch.compiler.is_compiling():
+        _say_triton_is_missing()
+    return device_type == "cuda" and HAS_TRITON
 
 
 @functools.cache
-def _import_kernels() -> bool:
-    if importlib.util.find_spec("triton") is None:
-        _log.warning("Triton is not installed: on CUDA, neighbors and farthest points run on plain torch, slower")
-        return False
-    importlib.import_module("vision3dgen.ops.kernels")
-    return True
+def _say_triton_is_missing() -> None:
+    _log.warning("Triton is not installed: on CUDA, neighbors and farthest points run on plain torch, slower")
 
 
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:

@@ -1,7 +1,7 @@
 """Triton kernels for CUDA: nearest neighbors and farthest points, without a matrix of distances.
 
-Importing this module needs Triton and registers `torch.ops.vision3dgen.nearest_indices` and `.farthest_indices`, which
-`torch.compile` sees as single operators. Clouds are read axis by axis, (B, D, N), so that neighboring lanes read
+Importing this module needs Triton; what calls it imports it only then. `nearest_indices` and `farthest_indices` are
+operators of their own to `torch.compile`. Clouds are read axis by axis, (B, D, N), so that neighboring lanes read
 neighboring numbers. Distances are computed and compared in the points' own type, float32 or float64.
 
 The block shapes below were chosen so that the compiler reports no spilled registers, not from timings.

@@ -169,7 +169,9 @@ def nearest_indices(
     """Indices of the K nearest points, nearest first; undefined where either cloud has no such point."""
     _, queries, dimensions = p1.shape
     if K <= KERNEL_NEIGHBORS and _kernels_take(p1):
-        return torch.ops.vision3dgen.nearest_indices(p1, p2, lengths1, lengths2, norm, K)
+        from vision3dgen.ops import kernels
+
+        return kernels.nearest_indices(p1, p2, lengths1, lengths2, norm, K)
     large = dimensions <= TREE_DIMENSIONS and queries * p2.shape[1] >= TREE_PAIRS
     if large and p1.device.type == "cpu" and not torch.compiler.is_compiling():
         return _tree_search(p1, p2, lengths1, lengths2, norm, K)
@@ -388,7 +390,9 @@ def sample_farthest_points(
         start = (draw * counts).long()
     columns = int(wanted.max()) if size["B"] else 0
     if _kernels_take(points):
-        idx = torch.ops.vision3dgen.farthest_indices(points.detach(), counts, columns, start)
+        from vision3dgen.ops import kernels
+
+        idx = kernels.farthest_indices(points.detach(), counts, columns, start)
     else:
         search = _farthest_numpy if points.device.type == "cpu" else _farthest_torch
         idx = search(points.detach(), counts, columns, start)
