@@ -25,13 +25,13 @@ from rich.markdown import Markdown
 from torch import Tensor
 
 from vision3dgen.config import Config, ConfigError, load, merge
-from vision3dgen.datasets import collate
-from vision3dgen.experiment import Run, environment, predictor, score
+from vision3dgen.experiment import Run, environment, predictor, samples, score
 from vision3dgen.files import atomic_write
 from vision3dgen.io import save_mesh
 from vision3dgen.metrics import Prediction, Summary
 from vision3dgen.models import MeanShape, OracleNeighbor, Retrieval, ShapeLibrary
-from vision3dgen.viz import Sample, curves, reconstruction_gallery
+from vision3dgen.structures import Meshes
+from vision3dgen.viz import curves, reconstruction_gallery
 
 Predict = Callable[[Mapping[str, Any]], list[Prediction]]
 console = Console(width=None if sys.stdout.isatty() else 160)
@@ -139,7 +139,10 @@ def comparison(summaries: Mapping[str, Summary]) -> str:
             shown.append("-" if value is None else f"{value:.4f}" + (f" ± {std:.4f}" if std else ""))
         return shown
 
-    rows = [["method", *columns, "ok / empty / failed"], ["---", *["---:"] * (len(columns) + 1)]]
+    rows = [
+        ["method", *(column.replace("|", "\\|") for column in columns), "ok / empty / failed"],
+        ["---", *["---:"] * (len(columns) + 1)],
+    ]
     for name, summary in summaries.items():
         counts = f"{summary.n_ok} / {summary.n_empty} / {summary.n_failed}"
         rows.append([name, *cells(summary.headline, summary.spread), counts])
@@ -150,22 +153,17 @@ def comparison(summaries: Mapping[str, Summary]) -> str:
 def draw(out: Path, runs: Mapping[str, Run], predictors: Mapping[str, Predict], count: int) -> None:
     """gallery.png of inputs, predictions and truths; curves.png; the gallery's shapes as GLB and PLY."""
     experiment = next(iter(runs.values())).experiment
-    dataset = experiment.dataset(experiment.evaluation.split)
-    chosen = sorted({round(i * (len(dataset) - 1) / max(count - 1, 1)) for i in range(count)})
-    samples = []
-    (out / "meshes").mkdir(exist_ok=True)
-    for index in chosen:
-        batch = collate([dataset[index]])
-        frame = batch["frame"][0]
-        shapes = {name: predict(batch)[0].shape for name, predict in predictors.items()}
-        samples.append(Sample(batch["image"][0], batch["mesh"][0], shapes, batch["camera"][0], frame, batch["id"][0]))
-        stem = batch["id"][0].replace("/", "_")
-        for name, shape in {**{n: shapes[n] for n in runs}, "truth": batch["mesh"][0]}.items():
-            if shape is not None and not shape.isempty():
-                for suffix in ("glb", "ply"):  # exported in the file's own coordinates, not the network's
-                    save_mesh(out / "meshes" / f"{stem}_{name}.{suffix}", frame.denormalize(shape))
-    reconstruction_gallery(samples, out / "gallery.png")
+    chosen = samples(experiment.dataset(experiment.evaluation.split), count, predictors)
+    drawn = reconstruction_gallery(chosen, out / "gallery.png")
+    console.print(f"gallery.png drawn by {drawn.renderer}")
     curves({name: run.folder / "metrics.jsonl" for name, run in runs.items()}, out / "curves.png")
+    (out / "meshes").mkdir(exist_ok=True)
+    for sample in chosen:
+        stem = sample.title.replace("/", "_")
+        for name, shape in sample.shapes().items():  # in the file's own coordinates, not the network's
+            if (name in runs or name == "truth") and isinstance(shape, Meshes) and not shape.isempty():
+                for suffix in ("glb", "ply"):
+                    save_mesh(out / "meshes" / f"{stem}_{name}.{suffix}", shape)
 
 
 if __name__ == "__main__":

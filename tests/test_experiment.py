@@ -147,3 +147,12 @@ def test_every_configuration_of_the_repository_builds(path, preset):
     shared = Config({k: v for k, v in config.items() if k != "runs"}, config.source, config.sources)
     for own in config.get("runs", {"": Config({}, "", {})}).values():
         construct(Experiment, merge(shared, own)).check()
+
+
+@pytest.mark.slow
+def test_view_leaves_pictures_where_there_is_no_display(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    assert cli.main(["view", str(folder / "run"), "--items", "1", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    assert (tmp_path / "shapes.png").stat().st_size > 1000
+    assert "shapes.png" in capsys.readouterr().out

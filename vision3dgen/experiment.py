@@ -33,6 +33,7 @@ from vision3dgen.io import read_image, save_mesh
 from vision3dgen.metrics import PROTOCOLS, Prediction, Summary, evaluate
 from vision3dgen.models import MODELS
 from vision3dgen.structures import Frame
+from vision3dgen.viz import Sample, Shown, show
 
 GIVEN_TO_TRAINER = ("model", "data", "run_dir", "seed")  # what the experiment passes beside the configuration
 
@@ -203,6 +204,12 @@ class Run:
                 save_mesh(written[-1], prediction.shape)
         return written
 
+    def view(self, items: int, out: Path, *, device: torch.device | str = "cpu") -> Shown:
+        """Show predictions beside truths for test items spread over the split; without a display, as files in `out`."""
+        dataset = self.experiment.dataset(self.experiment.evaluation.split, fields=("image", "camera", "mesh"))
+        predict = predictor(self.model(device), device)
+        return show(samples(dataset, items, {self.folder.name: predict}), out)
+
     def evaluate(self, protocol: str, *, split: str | None = None, device: torch.device | str = "cpu") -> Summary:
         """Score the run under a protocol; items scored before are not scored again."""
         return score(
@@ -242,6 +249,19 @@ def predictor(model: nn.Module, device: torch.device | str) -> Callable[[Mapping
     return predict
 
 
+def samples(
+    dataset: Any, count: int, predictors: Mapping[str, Callable[[Mapping[str, Any]], Sequence[Prediction]]]
+) -> list[Sample]:
+    """What each predictor makes of `count` items spread evenly over a dataset, for the viewer."""
+    found = []
+    for index in sorted({round(i * (len(dataset) - 1) / max(count - 1, 1)) for i in range(count)}):
+        item = dataset[index]
+        batch = collate([item])
+        shapes = {name: predict(batch)[0].shape for name, predict in predictors.items()}
+        found.append(Sample(item["image"], item["mesh"], shapes, item["camera"], item["frame"], item["id"]))
+    return found
+
+
 def score(
     folder: Path,
     experiment: Experiment,
@@ -274,12 +294,11 @@ def score(
 
 def environment() -> dict[str, Any]:
     """What a number depends on beside its configuration: versions, device, threads and command."""
-    cuda = torch.cuda.is_available()
     return {
         "vision3dgen": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "device": torch.cuda.get_device_name() if cuda else f"CPU, {platform.machine()}",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "threads": torch.get_num_threads(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
@@ -288,6 +307,16 @@ def environment() -> dict[str, Any]:
 def _on_white(rgba: UInt8[Tensor, "H W 4"]) -> Float[Tensor, "3 H W"]:
     color, alpha = rgba[..., :3].float() / 255, rgba[..., 3:].float() / 255
     return (color * alpha + 1 - alpha).permute(2, 0, 1)
+
+
+def _processor() -> str:
+    """The CPU's name and its number of cores."""
+    name = platform.processor() or platform.machine()
+    known = Path("/proc/cpuinfo")
+    if known.exists():
+        models = [line.partition(":")[2].strip() for line in known.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    return f"{name}, {os.cpu_count()} cores"
 
 
 def _section(node: Mapping[str, Any], key: str) -> Any:
