@@ -159,7 +159,7 @@ def draw(out: Path, runs: Mapping[str, Run], predictors: Mapping[str, Predict], 
     curves({name: run.folder / "metrics.jsonl" for name, run in runs.items()}, out / "curves.png")
     (out / "meshes").mkdir(exist_ok=True)
     for sample in chosen:
-        stem = sample.title.replace("/", "_")
+        stem = sample.title.replace(" ", "_")
         for name, shape in sample.shapes().items():  # in the file's own coordinates, not the network's
             if (name in runs or name == "truth") and isinstance(shape, Meshes) and not shape.isempty():
                 for suffix in ("glb", "ply"):

@@ -25,7 +25,7 @@ from torch.nn.functional import interpolate
 from vision3dgen import __version__, engine
 from vision3dgen.backbones import BACKBONES
 from vision3dgen.config import Config, ConfigError, arguments, build, choose, construct, load, save
-from vision3dgen.datasets import DATASETS, PREPARE, collate
+from vision3dgen.datasets import CATEGORIES, DATASETS, PREPARE, collate
 from vision3dgen.engine import Data, Trainer, to_device
 from vision3dgen.files import atomic_write
 from vision3dgen.heads import HEADS
@@ -258,7 +258,9 @@ def samples(
         item = dataset[index]
         batch = collate([item])
         shapes = {name: predict(batch)[0].shape for name, predict in predictors.items()}
-        found.append(Sample(item["image"], item["mesh"], shapes, item["camera"], item["frame"], item["id"]))
+        synset, model, view = item["id"].split("/")
+        title = f"{CATEGORIES.get(synset, synset)} {model[:8]} {view}"
+        found.append(Sample(item["image"], item["mesh"], shapes, item["camera"], item["frame"], title))
     return found
 
 

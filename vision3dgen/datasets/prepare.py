@@ -445,7 +445,7 @@ def _make(loaded: Loaded, source: Source, settings: Settings) -> _Made:
     voxels = contains(canonical, cells.view(-1, 3)).view(cells.shape[:3])
     if not watertight and not voxels.any() and not (winding > 0.5).any():
         raise ValueError(
-            f"nothing is inside: an open sheet, its winding numbers reach {float(winding.max()):.2g}, not 0.5"
+            f"nothing is inside: an open sheet, no sampled point has a winding number over 0.5"
         )
 
     palette = torch.tensor(list(loaded.materials.values()))
