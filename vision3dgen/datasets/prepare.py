@@ -444,9 +444,7 @@ def _make(loaded: Loaded, source: Source, settings: Settings) -> _Made:
     cells = GridSpec.cube(settings.resolution).points(torch.float64)
     voxels = contains(canonical, cells.view(-1, 3)).view(cells.shape[:3])
     if not watertight and not voxels.any() and not (winding > 0.5).any():
-        raise ValueError(
-            f"nothing is inside: an open sheet, no sampled point has a winding number over 0.5"
-        )
+        raise ValueError("nothing is inside: an open sheet, no sampled point has a winding number over 0.5")
 
     palette = torch.tensor(list(loaded.materials.values()))
     face_colors = palette[loaded.face_material]
