@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,20 @@ from torch import Tensor
 
 from vision3dgen.files import atomic_write
 from vision3dgen.io import write_png
-from vision3dgen.viz.scene import PALETTE, TRUTH_COLOR, Job, Renderings, Sample, fit_camera, font, label, render_many
+from vision3dgen.structures import Camera
+from vision3dgen.viz.scene import (
+    PALETTE,
+    TRUTH_COLOR,
+    Job,
+    Renderings,
+    Sample,
+    Shape,
+    all_points,
+    fit_camera,
+    font,
+    label,
+    render_many,
+)
 
 Picture = np.ndarray | Tensor  # (H, W, 3) uint8, or a tensor (3, H, W) in [0, 1]
 PathLike = str | os.PathLike[str]
@@ -112,7 +125,8 @@ def reconstruction_gallery(
 ) -> Renderings:
     """A row per sample: its image, each head's shape, the truth; all through the image's camera, or one that fits.
 
-    A head that made nothing of a sample gets a cell that says so. The result holds the sheet and the renderer used.
+    The image and what is drawn beside it are cut alike to the part where there are shapes. A head that made nothing of
+    a sample gets a cell that says so. The result holds the sheet and the renderer used.
     """
     samples = list(samples)
     if not samples:
@@ -123,19 +137,20 @@ def reconstruction_gallery(
     colors = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(heads)} | {"truth": TRUTH_COLOR}
 
     jobs: dict[tuple[int, str], Job] = {}
+    inputs: list[Picture | None] = []
     for i, sample in enumerate(samples):
         shapes = sample.shapes()
-        camera = sample.camera if sample.camera is not None else fit_camera(list(shapes.values()), size)
+        cut = _cut(sample.camera, sample.image, list(shapes.values()), size)
+        inputs.append(None if cut.image is None else np.array(_fitted(_pixels(cut.image, (i, 0)), size)))
         for name in names:
             if name in shapes:
-                jobs[i, name] = Job(shapes[name], camera, colors[name])
+                jobs[i, name] = Job(shapes[name], cut.camera, colors[name])
     result = render_many(list(jobs.values()), size=size, renderer=renderer)
     cells = dict(zip(jobs, result.images))
     rows, captions = [], []
     for i, sample in enumerate(samples):
-        inputs = [sample.image] if with_image else []
-        rows.append([*inputs, *(cells.get((i, name), label("none", size)) for name in names)])
-        captions.append([*[""] * len(inputs), *(sample.captions.get(name, "") for name in names)])
+        rows.append([*inputs[i : i + with_image], *(cells.get((i, name), label("none", size)) for name in names)])
+        captions.append([*[""] * with_image, *(sample.captions.get(name, "") for name in names)])
     sheet = gallery(
         rows,
         [*["input"] * with_image, *names],
@@ -144,6 +159,38 @@ def reconstruction_gallery(
         captions=captions if any(any(line) for line in captions) else (),
     )
     return Renderings([sheet], result.renderer)
+
+
+class _Cut(NamedTuple):
+    camera: Camera
+    image: Tensor | None
+
+
+def _cut(camera: Camera | None, image: Tensor | None, shapes: Sequence[Shape | None], size: tuple[int, int]) -> _Cut:
+    """The camera and the image of the part of a view, as wide to high as `size`, that shapes fill."""
+    if camera is None:
+        return _Cut(fit_camera(shapes, size), image)
+    camera = camera.to(torch.float64).to("cpu")
+    if image is not None:
+        camera = camera.resize((image.shape[1], image.shape[2]))
+    height, width = camera.image_size
+    pixels, depth = camera.project(all_points(shapes))
+    pixels = pixels[(depth > 0)[:, None].expand_as(pixels)].view(-1, 2)
+    inside = ((pixels >= 0) & (pixels < torch.tensor([width, height]))).all(1)
+    if not bool(inside.any()):
+        return _Cut(camera, image)
+    low = pixels.amin(0).clamp(min=0)
+    high = pixels.amax(0).minimum(torch.tensor([width, height]))
+    x, y = ((low + high) / 2).tolist()
+    across, down = (1.1 * (high - low)).tolist()
+    rows = min(max(down, across * size[0] / size[1]), height, width * size[0] / size[1])
+    rows, columns = math.ceil(rows), min(math.ceil(rows * size[1] / size[0]), width)
+    top = min(max(round(y - rows / 2), 0), height - rows)
+    left = min(max(round(x - columns / 2), 0), width - columns)
+    moved = camera.intrinsics.clone()
+    moved[..., :2, 2] -= torch.tensor([left, top], dtype=moved.dtype)
+    camera = Camera(camera.rotation, camera.translation, moved, (rows, columns))
+    return _Cut(camera, None if image is None else image[:, top : top + rows, left : left + columns])
 
 
 def _pixels(picture: Picture, cell: tuple[int, int]) -> np.ndarray:

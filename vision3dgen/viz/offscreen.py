@@ -68,13 +68,15 @@ def draw(
 
 
 def start(task: str, folder: Path, *, display: bool = False) -> subprocess.Popen[bytes]:
-    """The child at work on `folder`; what it and its libraries print goes to `folder/log.txt`."""
+    """The child at work on `folder`; what its libraries print goes to `folder/log.txt`."""
     environment = os.environ | ({} if display else {"EGL_PLATFORM": "surfaceless"})
     if not display:  # no window, even where one could be opened
         environment = {k: v for k, v in environment.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
     with open(folder / "log.txt", "wb") as log:
         command = [sys.executable, "-P", str(Path(__file__)), task, str(folder)]
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=None if display else log, stderr=log, env=environment
+        )
 
 
 def _wait(child: subprocess.Popen[bytes], folder: Path, patience: float, progress: Callable[[], int]) -> None:
@@ -182,10 +184,14 @@ def _window(folder: Path) -> None:
     samples = json.loads((folder / "window.json").read_text(encoding="utf-8"))
     with np.load(folder / "job.npz") as job:
         meshes = [_mesh(job, i) for i in range(len(job.files) // len(Triangles._fields))]
+    for mesh in meshes:
+        mesh.compute_triangle_normals()  # without them the window draws no light
     viewer = open3d.visualization.VisualizerWithKeyCallback()
     if not viewer.create_window("n, p: next, previous sample    h: next head    q: close", 1280, 720):
         sys.exit("no window could be opened")
     viewer.get_render_option().mesh_show_back_face = True
+    front, up = np.array([0.62, 0.52, -1.0]), np.array([0.0, 1.0, 0.0])
+    right = np.cross(up, front) / np.linalg.norm(np.cross(up, front))
     at = {"sample": 0, "head": 0}
 
     def show(_: Any) -> bool:
@@ -196,11 +202,10 @@ def _window(folder: Path) -> None:
         for place, entry in enumerate(entries):
             if entry["mesh"] is not None:
                 moved = open3d.geometry.TriangleMesh(meshes[entry["mesh"]])
-                moved.translate((-place * sample["width"], 0.0, 0.0))  # seen from the front, -x is right
-                viewer.add_geometry(moved)
+                viewer.add_geometry(moved.translate(place * sample["width"] * right))
         view = viewer.get_view_control()
-        view.set_front((0.62, 0.52, -1.0))
-        view.set_up((0.0, 1.0, 0.0))
+        view.set_front(front)
+        view.set_up(up)
         print(sample["title"], [entry["name"] for entry in entries], flush=True)
         return True
 

@@ -285,7 +285,7 @@ def fit_camera(shapes: Any, size: tuple[int, int] = (480, 480), *, azimuth: floa
 
     azimuth: degrees by which the camera is turned around the vertical axis.
     """
-    points = _all_points(_shapes(shapes))
+    points = all_points(_shapes(shapes))
     low, high = points.amin(0), points.amax(0)
     center, radius = (low + high) / 2, max(float((high - low).norm()) / 2, 1e-6)
     camera = _look(center, azimuth, radius, size)
@@ -304,7 +304,7 @@ def _look(center: Float[Tensor, "3"], azimuth: float, distance: float, size: tup
     return Camera.look_at(eye, center, field_of_view=_FIELD_OF_VIEW, image_size=size)
 
 
-def _all_points(shapes: Sequence[Shape | None]) -> Float[Tensor, "N 3"]:
+def all_points(shapes: Sequence[Shape | None]) -> Float[Tensor, "N 3"]:
     """Every vertex and point; the origin when there is none."""
     clouds = [_points(shape)[0].double() for shape in (Job(shape).drawn for shape in shapes) if shape is not None]
     return torch.cat(clouds) if clouds else torch.zeros(1, 3, dtype=torch.float64)
@@ -478,7 +478,7 @@ def turntable(
     shapes = _shapes(shape)
     if len(shapes) != 1 or frames < 1:
         raise ValueError(f"a turntable shows one shape in at least 1 frame, got {len(shapes)} and {frames}")
-    points = _all_points(shapes)
+    points = all_points(shapes)
     center = (points.amin(0) + points.amax(0)) / 2
     radius = max(float((points - center).norm(dim=1).max()), 1e-6)
     narrow = math.atan(math.tan(math.radians(_FIELD_OF_VIEW) / 2) * min(1.0, size[1] / size[0]))

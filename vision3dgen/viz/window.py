@@ -115,10 +115,10 @@ def _open(samples: Sequence[Sample], block: bool | None) -> None:
             if drawn is not None:
                 color = TRUTH_COLOR if name == "truth" else PALETTE[heads.index(name) % len(PALETTE)]
                 triangles.append(_triangles(drawn, color))
-                extent = max(extent, float(np.ptp(triangles[-1].corners[..., 0])))
+                extent = max(extent, float(np.hypot(*np.ptp(triangles[-1].corners, axis=(0, 1))[[0, 2]])))
             entries.append({"name": name, "mesh": None if drawn is None else len(triangles) - 1})
         truth = entries.pop() if sample.truth is not None and heads else None
-        described.append({"title": sample.title, "heads": entries, "truth": truth, "width": 1.2 * extent})
+        described.append({"title": sample.title, "heads": entries, "truth": truth, "width": extent})
     arrays = {f"{field}_{i}": value for i, t in enumerate(triangles) for field, value in t._asdict().items()}
     np.savez(folder / "job.npz", **arrays)
     (folder / "window.json").write_text(json.dumps(described), encoding="utf-8")
