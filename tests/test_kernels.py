@@ -250,8 +250,8 @@ def test_a_whole_graph_holds_the_kernels(interpreter):
 
 
 @needs_triton
-@pytest.mark.parametrize("make", [cloud, lattice])
-@pytest.mark.parametrize("n, dimensions", [(67, 3), (2053, 2), (2048, 5), (1, 3)])
+@pytest.mark.parametrize("make", [cloud, lattice, torch.zeros])
+@pytest.mark.parametrize("n, dimensions", [(67, 3), (4099, 2), (2048, 5), (1, 3)])
 def test_farthest_indices_equal_those_of_cpu(interpreter, n, dimensions, make):
     x, counts = make(3, n, dimensions), torch.tensor([n, n // 2, 0])
     start = torch.tensor([n // 3, 0, 0])
