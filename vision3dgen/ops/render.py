@@ -243,7 +243,7 @@ def _shade(
 ) -> Float[Tensor, "N 3"]:
     """Color of each hit sample."""
     weights = _intersect(corners[face], rays).weights.clamp(0, 1)
-    normals = (weights[..., None] * _corner_normals(corners, faces, crease_angle)[face]).sum(1)
+    normals = (weights[..., None] * corner_normals(corners, faces, crease_angle)[face]).sum(1)
     normals = torch.nn.functional.normalize(normals, dim=-1)
     view = -torch.nn.functional.normalize(rays, dim=-1)
     towards = (normals * view).sum(-1, keepdim=True)
@@ -253,7 +253,7 @@ def _shade(
     return colors[face] * light[:, None]
 
 
-def _corner_normals(
+def corner_normals(
     corners: Float[Tensor, "F 3 3"], faces: Int[Tensor, "F 3"], crease_angle: float
 ) -> Float[Tensor, "F 3 3"]:
     """For each face's corner, the mean of the normals of the faces there that lie within the crease angle of it."""

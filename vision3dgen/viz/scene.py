@@ -22,7 +22,7 @@ from torch import Tensor
 from vision3dgen.checks import check_choice, check_shape
 from vision3dgen.files import atomic_write
 from vision3dgen.io import write_png
-from vision3dgen.ops.render import RENDERERS, _corner_normals, raycast
+from vision3dgen.ops.render import RENDERERS, corner_normals, raycast
 from vision3dgen.structures import Camera, Frame, GridSpec, Meshes, Pointclouds
 from vision3dgen.viz import offscreen
 from vision3dgen.viz.offscreen import OffscreenError
@@ -386,7 +386,7 @@ def _triangles(shape: Meshes | Pointclouds, color: Color) -> offscreen.Triangles
     if isinstance(shape, Meshes):
         faces = shape.faces_packed()
         corners = shape.verts_packed().double()[faces]
-        normals, colors = _corner_normals(corners, faces, 40.0), _corner_colors(shape, color)
+        normals, colors = corner_normals(corners, faces, 40.0), _corner_colors(shape, color)
     else:
         points = shape.points_packed().double()
         ball, faces = _icosahedron()
