@@ -9,7 +9,7 @@ import functools
 import importlib
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
@@ -76,13 +76,13 @@ def _say_triton_is_missing() -> None:
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:
     """Compute a geometric function in float32 or better, inside autocast too, and cast what it returns back.
 
-    Tensors are raised to the type they promote to, at least float32; results have the type they promote to.
-    Meshes and point clouds keep the type they hold.
+    Tensors, in lists and tuples too, are raised to the type they promote to, at least float32; results have the type
+    they promote to. Meshes and point clouds count in that, but keep the type they hold: the function raises theirs.
     """
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
+        tensors = _floating([*args, *kwargs.values()])
         if not tensors:
             return function(*args, **kwargs)
         dtype = functools.reduce(torch.promote_types, [x.dtype for x in tensors])
@@ -103,12 +103,29 @@ def raise_half(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
+def _floating(values: Iterable[Any]) -> list[Tensor]:
+    """The floating tensors among these values: tensors, lists and tuples of them, what meshes and clouds hold."""
+    found = []
+    for value in values:
+        if isinstance(value, list | tuple):
+            found += _floating(value)
+        elif hasattr(value, "verts_packed"):
+            found.append(value.verts_packed())
+        elif hasattr(value, "points_packed"):
+            found.append(value.points_packed())
+        elif isinstance(value, Tensor) and value.is_floating_point():
+            found.append(value)
+    return found
+
+
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """The floating tensors of a (named) tuple or dict as `dtype`."""
+    """The floating tensors of a list, (named) tuple or dict as `dtype`."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, dict):
         return {key: _cast(item, dtype) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_cast(item, dtype) for item in value]
     if isinstance(value, tuple):
         items = [_cast(item, dtype) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vision3dgen.checks import check_choice, check_finite, check_shape
-from vision3dgen.ops.backends import full_precision, import_pytorch3d, resolve_backend, triton_runs_on
+from vision3dgen.ops.backends import full_precision, import_pytorch3d, raise_half, resolve_backend, triton_runs_on
 
 DISTANCE_BYTES = 64 * 2**20  # the most bytes of pairwise distances held at once
 TILE_COLUMNS = 2**16  # the most points of the searched cloud in one tile of distances
@@ -461,6 +461,7 @@ def padded_to_packed(
     return padded[owner, torch.arange(num_inputs, device=inputs.device) - first_idxs[owner]]
 
 
+@full_precision
 def wmean(
     x: Float[Tensor, "... N D"],
     weight: Float[Tensor, "... N"] | None = None,
@@ -530,7 +531,7 @@ def _points_and_lengths(name: str, cloud: Tensor | PointcloudsLike) -> tuple[Ten
         check_shape(**{name: (cloud, "B N D")})
         return checked_cloud(name, cloud, None)[0], torch.full((len(cloud),), cloud.shape[1], device=cloud.device)
     lengths = cloud.num_points_per_cloud()
-    return checked_cloud(name, cloud.points_padded(), lengths)[0], lengths
+    return checked_cloud(name, raise_half(cloud.points_padded()), lengths)[0], lengths
 
 
 @full_precision
@@ -544,8 +545,10 @@ def corresponding_points_alignment(
 ) -> SimilarityTransform:
     """The similarity that brings X closest to Y, point i to point i, in weighted least squares: s X R + T = Y.
 
-    `weights` (B, N) or one tensor per cloud. (Umeyama, PAMI 1991.)
-    Differs: the gradient is finite where the rotation is not unique (few, coincident or collinear points).
+    `weights` (B, N) or one tensor per cloud; `eps` bounds their sum from below. No rotation where none is better than
+    another (no points, one place), scale 1 for an X without extent. (Umeyama, PAMI 1991.)
+    Differs: the gradient is finite where the rotation is not unique (few, coincident or collinear points); the scale of
+    tiny clouds is right (PyTorch3D bounds their variance by `eps` as well).
     """
     x, lengths = _points_and_lengths("X", X)
     y, lengths_y = _points_and_lengths("Y", Y)
@@ -559,6 +562,7 @@ def corresponding_points_alignment(
         weights = torch.nn.utils.rnn.pad_sequence(weights, batch_first=True)
     if weights is not None:
         check_shape(X=(x, "B N D"), weights=(weights, "B N"))
+        check_finite(weights=weights)
         mask = mask * weights.to(x.dtype)
 
     mean_x, mean_y = wmean(x, mask, eps=eps), wmean(y, mask, eps=eps)  # (B, 1, D)
@@ -566,11 +570,15 @@ def corresponding_points_alignment(
     mass = mask.sum(1).clamp(min=eps)
     weighted = centered_x * mask[..., None]
     covariance = weighted.mT @ centered_y / mass[:, None, None]
-    R: Tensor = _Rotation.apply(covariance, allow_reflection)
+    free = (covariance == 0).all(-1).all(-1)[:, None, None]
+    R: Tensor = _Rotation.apply(covariance + torch.eye(size["D"]).to(covariance) * free, allow_reflection)
     s = torch.ones_like(mass)
     if estimate_scale:
         variance = (weighted * centered_x).sum((1, 2)) / mass
-        s = (R * covariance).sum((1, 2)) / variance.clamp(min=eps)
+        # what rounding leaves of a cloud in one place is no extent
+        rounding = (8 * torch.finfo(x.dtype).eps) ** 2 * (mask[..., None] * x.square()).sum((1, 2)) / mass
+        extended = variance > rounding
+        s = ((R * covariance).sum((1, 2)) / variance.where(extended, 1)).where(extended, 1)
     T = mean_y[:, 0] - s[:, None] * (mean_x @ R)[:, 0]
     return SimilarityTransform(R, T, s)
 
@@ -592,7 +600,8 @@ def iterative_closest_point(
 ) -> ICPSolution:
     """Align X to Y by turns of nearest neighbors and `corresponding_points_alignment` (Besl and McKay 1992).
 
-    Stops when no cloud's error falls by more than `relative_rmse_thr` of itself, or after `max_iterations`.
+    Stops when no cloud's error falls by more than `relative_rmse_thr` of itself, or after `max_iterations`. A cloud
+    with nothing to align to stays where it is.
     """
     x, lengths_x = _points_and_lengths("X", X)
     y, lengths_y = _points_and_lengths("Y", Y)
@@ -604,7 +613,7 @@ def iterative_closest_point(
     else:
         transform = SimilarityTransform(*init_transform)
         check_shape(X=(x, "B N D"), R=(transform.R, "B D D"), T=(transform.T, "B D"), s=(transform.s, "B"))
-    mask = within(lengths_x, size["N"]).to(x.dtype)
+    mask = (within(lengths_x, size["N"]) & (lengths_y > 0)[:, None]).to(x.dtype)
     moved = _transform(x, transform)
     history: list[SimilarityTransform] = []
     previous, rmse, converged = None, x.new_zeros(batch), False
@@ -616,15 +625,17 @@ def iterative_closest_point(
         moved = _transform(x, transform)
         squared = wmean((moved - target[:, :, 0]).square().sum(2, keepdim=True), mask)[:, 0, 0]
         rmse = squared.where(squared > 0, 1).sqrt().where(squared > 0, 0)
-        before = torch.ones_like(rmse) if previous is None else previous
-        relative = (before - rmse) / before.where(before > 0, 1)
+        if previous is None:
+            relative = torch.ones_like(rmse)
+        else:
+            relative = (previous - rmse) / previous.where(previous > 0, 1)
         if verbose:
             print(f"ICP iteration {iteration}: rmse {rmse.mean().item():.3e}, change {relative.mean().item():.1e}")
         if bool((relative <= relative_rmse_thr).all()):
             converged = True
             break
         previous = rmse
-    result = moved if isinstance(X, Tensor) else X.update_padded(moved)  # type: ignore[attr-defined]
+    result = moved if isinstance(X, Tensor) else X.update_padded(moved.to(X.points_packed().dtype))  # type: ignore[attr-defined]
     return ICPSolution(converged, rmse, result, transform, history)
 
 
@@ -700,6 +711,7 @@ def _toward_most(directions: Float[Tensor, "B N 3"], offsets: Float[Tensor, "B N
     return torch.where(2 * side.sum(2, keepdim=True) < offsets.shape[2], -directions, directions)
 
 
+@full_precision
 def estimate_pointcloud_normals(
     pointclouds: Float[Tensor, "B N 3"] | PointcloudsLike,
     neighborhood_size: int = 50,
