@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vision3dgen.checks import check_choice, check_finite
+from vision3dgen.ops.backends import full_precision
 from vision3dgen.ops.boxtree import nearest_boxed
 from vision3dgen.ops.meshes import MeshesLike, closest_barycentrics
 from vision3dgen.ops.points import knn_points
@@ -103,14 +104,17 @@ def nearest_faces(verts: Float[Tensor, "V 3"], faces: Int[Tensor, "F 3"], points
     return NearestFaces(result.distances.to(points.dtype), result.indices, result.points.to(points.dtype))
 
 
+@full_precision
 def point_triangle_distance(points: Float[Tensor, "*N 3"], triangles: Float[Tensor, "*N 3 3"]) -> Float[Tensor, "*N"]:
     """Distance, not squared, of each point to its triangle (rows are corners); gradient zero at distance zero.
 
     A triangle whose area is lost in rounding relative to its longest side is measured by its sides, so tiny triangles
     are as good as large ones.
     """
-    weights, _ = closest_barycentrics(points, triangles)
-    return _length((weights[..., None] * triangles).sum(-2) - points)
+    check_finite(points=points, triangles=triangles)
+    weights, _ = closest_barycentrics(points.detach(), triangles.detach())
+    # differences first: far from the origin the closest point itself would lose the distance
+    return _length((weights[..., None] * (triangles - points[..., None, :])).sum(-2))
 
 
 # ------------------------------------------------------------------------------------------------------ members
@@ -310,13 +314,15 @@ def _solid_angles(
     """Weighted sum over triangles of the solid angle seen from each point, in units of the full sphere."""
     pairs = max(1, min(budget // 320, _CHUNK // 4))  # 320 bytes: three corner vectors and what is made of them
     faces = max(1, min(len(corners), pairs))
+    tiny = torch.finfo(corners.dtype).tiny
     totals = []
     for some in points.split(pairs // faces):
         total = some.new_zeros(len(some))
         x, y, z = some[:, :, None].unbind(1)  # (n, 1) each
         for triangles, share in zip(corners.split(faces), weights.split(faces)):
             vectors = [(corner[:, 0] - x, corner[:, 1] - y, corner[:, 2] - z) for corner in triangles.unbind(1)]
-            lengths = [(u * u + v * v + w * w).sqrt() for u, v, w in vectors]  # (n, f) each
+            # at a corner the smallest number keeps the root's gradient finite; anywhere else it is lost in rounding
+            lengths = [(u * u + v * v + w * w + tiny).sqrt() for u, v, w in vectors]  # (n, f) each
             normal = torch.linalg.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
             volume = sum(u * n for u, n in zip(vectors[0], normal.unbind(1)))
             around = lengths[0] * lengths[1] * lengths[2]
@@ -346,7 +352,8 @@ def _length(vectors: Float[Tensor, "*N 3"]) -> Float[Tensor, "*N"]:
 def _nearest(corners: Float[Tensor, "F 3 3"], points: Float[Tensor, "N 3"]) -> NearestFaces:
     if not len(corners):
         missing = torch.full((len(points),), -1, device=points.device)
-        return NearestFaces(torch.full_like(points[:, 0], math.inf), missing, torch.full_like(points, math.nan))
+        nowhere = points * 0  # with a gradient, zero, as elsewhere
+        return NearestFaces(nowhere[:, 0] + math.inf, missing, nowhere + math.nan)
     queries, targets = points.detach(), corners.detach()
 
     def measure(point: Tensor, face: Tensor) -> Tensor:

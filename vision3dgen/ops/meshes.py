@@ -255,6 +255,7 @@ def nearest_triangles(points: Float[Tensor, "P 3"], triangles: Float[Tensor, "F 
     """The triangle nearest to each point (exact), and where on it. Raises ValueError when there is no triangle."""
     if not len(triangles):
         raise ValueError("there is no triangle to be near to")
+    _finite(points=points, triangles=triangles)
     centers, radii = _balls(triangles)
     return _nearest(points.double(), torch.zeros_like(points[:, 0], dtype=torch.float64), centers, radii, triangles, 1)
 
@@ -264,6 +265,7 @@ def nearest_points(triangles: Float[Tensor, "F 3 3"], points: Float[Tensor, "P 3
     """The point nearest to each triangle (exact), and where on the triangle. ValueError when there is no point."""
     if not len(points):
         raise ValueError("there is no point to be near to")
+    _finite(triangles=triangles, points=points)
     centers, radii = _balls(triangles)
     return _nearest(centers, radii, points.double(), torch.zeros_like(points[:, 0], dtype=torch.float64), triangles, 0)
 
@@ -407,12 +409,11 @@ def cotangents(
     corners = _finite(verts=verts)[faces]  # (F, 3, 3)
     sides = corners.roll(-1, 1) - corners.roll(1, 1)  # (F, 3, 3): side k is opposite to corner k
     size = sides.detach().abs().amax((1, 2)) if len(faces) else sides[:, 0, 0]
-    size = size.where(size > 0, 1)[:, None, None]
-    sides = sides / size
+    sides = sides / size.where(size > 0, 1)[:, None, None]
     double_area = torch.linalg.cross(sides[:, 0], sides[:, 1]).square().sum(1).clamp(min=4 * eps).sqrt()  # (F,)
     # the two sides that meet in corner k run opposite ways around the face
     cot = -(sides.roll(-1, 1) * sides.roll(1, 1)).sum(2) / double_area[:, None]  # (F, 3)
-    areas = (0.5 * double_area * size[:, 0, 0].square())[:, None].expand(-1, 3)
+    areas = (0.5 * double_area * size.square())[:, None].expand(-1, 3)  # none for a face in one place
     around = verts.new_zeros(len(verts)).index_add(0, faces.flatten(), areas.flatten())
     inverse = (1 / around.where(around > 0, 1)).where(around > 0, 0)
     return faces.roll(-1, 1).flatten(), faces.roll(1, 1).flatten(), cot.flatten(), inverse[:, None]
