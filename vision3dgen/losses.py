@@ -48,7 +48,7 @@ def _as_padded(
         raise ValueError(f"{name} must be point clouds or (B N D), got {tuple(points.shape)}")
     if normals is not None:
         check_shape(**{name: (points, "B N D"), f"{name}_normals": (normals, "B N 3")})
-        normals = raise_half(normals)
+        normals, _ = checked_cloud(f"{name}_normals", raise_half(normals), lengths)
     return *checked_cloud(name, raise_half(points), lengths), normals
 
 
@@ -85,6 +85,7 @@ def chamfer_distance(
         raise ValueError('point_reduction "max" takes no normals: the farthest point says nothing about them')
     if weights is not None:
         check_shape(x=(x, "B N D"), weights=(weights, "B"))
+        check_finite(weights=weights)
         if bool((weights < 0).any()):
             raise ValueError(f"weights must not be negative, got {weights.tolist()}")
 
@@ -129,6 +130,8 @@ def _directed(
             cosine = cosine.where(within(x_lengths, x.shape[1]), 0)
         if y_lengths is not None:
             cosine = cosine.where(y_lengths[:, None] > 0, 0)
+        if y.shape[1] == 0:
+            cosine = 0 * cosine
     if weights is not None:
         distance = distance * weights[:, None]
         cosine = None if cosine is None else cosine * weights[:, None]
