@@ -224,10 +224,13 @@ def test_non_contiguous_volumes():
 def test_bad_volumes_are_errors():
     field = torch.rand(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     field[1, 2, 1, 2] = math.nan
+    with pytest.raises(ValueError, match=r"vol_batch must not be NaN, it is at index \(1, 2, 1, 2\)"):
+        marching_cubes(field, 0.5)
+    field[1, 2, 1, 2] = -math.inf
     with pytest.raises(ValueError, match=r"finite .* member 1"):
         marching_cubes(field, 0.5)
     with pytest.raises(ValueError, match="isolevel"):
-        marching_cubes(field)
+        marching_cubes(field, math.nan)
 
 
 # ------------------------------------------------------------------------------------------------------ isosurface

@@ -39,6 +39,14 @@ def check_finite(**named: Tensor) -> None:
             )
 
 
+def check_numbers(**named: Tensor) -> None:
+    """Raise a ValueError naming the first tensor with NaN and where; infinity is a number here."""
+    for name, tensor in named.items():
+        if tensor.numel() and bool(tensor.detach().amax().isnan()):  # one pass without a mask; the maximum keeps NaN
+            index = tuple(int(i) for i in tensor.isnan().nonzero()[0])
+            raise ValueError(f"{name} must not be NaN, it is at index {index} of {tuple(tensor.shape)}")
+
+
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     """Raise a ValueError naming the accepted values, and the nearest of them, unless `value` is one."""
     accepted = list(choices)

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vision3dgen.checks import check_choice, check_shape
+from vision3dgen.checks import check_choice, check_numbers, check_shape
 from vision3dgen.structures import GridSpec, Meshes
 
 # Triangles of each case, three hexadecimal digits per triangle, one word per case. A case is a number with bit
@@ -78,14 +78,15 @@ def marching_cubes(
     Normals (right-hand rule) point to larger values. Returns N vertex tensors (x, y, z) and N face tensors. `isolevel`
     None means the middle between a volume's smallest and largest value. With `return_local_coords` the first and last
     sample along an axis lie at -1 and 1, else at 0 and size - 1. Vertices are differentiable in the volume, float32 for
-    half-precision volumes. A level outside the range of a volume gives empty tensors. Raises ValueError where NaN meets
-    the surface.
+    half-precision volumes. A level outside the range of a volume gives empty tensors. Raises ValueError for NaN, and
+    for infinity next to the surface.
 
     Differs: differentiable; empty results are empty tensors, not empty lists; a vertex keeps at least 1e-5 of a cell
     edge (or four units in the last place of the largest index, if more) from the edge's ends, so that samples equal to
     the level give small triangles and never holes.
     """
     size = check_shape(vol_batch=(vol_batch, "N D H W"))
+    check_numbers(vol_batch=vol_batch)
     verts, faces = [], []
     for index, volume in enumerate(vol_batch):
         if volume.dtype in (torch.float16, torch.bfloat16):
@@ -94,7 +95,7 @@ def marching_cubes(
         if level is None:
             level = float((volume.detach().amax() + volume.detach().amin()) / 2) if volume.numel() else 0.0
         if math.isnan(level):
-            raise ValueError(f"isolevel must be a number, got {isolevel} (None: member {index} holds NaN)")
+            raise ValueError(f"isolevel must be a number, got {isolevel} for member {index}")
         member_verts, member_faces = _polygonize(volume, level)
         if not bool(torch.isfinite(member_verts).all()):
             bad = int((~torch.isfinite(member_verts).all(1)).nonzero()[0])

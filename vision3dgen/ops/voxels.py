@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vision3dgen.checks import check_choice, check_finite, check_shape
+from vision3dgen.checks import check_choice, check_finite, check_numbers, check_shape
 from vision3dgen.ops.inside import contains, edge_lines, expand_ranges, planes, range_batches
 from vision3dgen.ops.meshes import MeshesLike
 from vision3dgen.structures import GridSpec, Meshes
@@ -169,11 +169,12 @@ def cubify(
     fills [-1, 1]; in units of 2 / (n - 1) from -1 for "topleft" and from -1 - 1 / (n - 1) for "center", so voxel
     centers fill [-1, 1] (n = 1: units of 2). Vertices are shared, so voxels that touch along an edge share it (four
     faces meet there). feats: features of voxels, given to their faces as the attribute "feats" (F, K). Not
-    differentiable in voxels.
+    differentiable in voxels. Raises ValueError for NaN; infinity is a value.
 
     Differs: an attribute takes the place of PyTorch3D's atlas textures.
     """
     size = check_shape(voxels=(voxels, "N D H W"))
+    check_numbers(voxels=voxels)
     check_choice("align", align, ("topleft", "corner", "center"))
     if feats is not None:
         check_shape(voxels=(voxels, "N D H W"), feats=(feats, "N K D H W"))
