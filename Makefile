@@ -7,6 +7,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OPEN3D_LIBRARIES := libusb-1.0-0 libgl1 libegl1 libgomp1 libx11-6 libvulkan1 mesa-vulkan-drivers
+# Threads that wait asleep, not spinning: on a machine that others use, spinning makes training several times slower.
+export OMP_WAIT_POLICY := PASSIVE
+
 CONFIG ?= configs/single_view_quick.yaml
 RUN ?= runs/single_view_quick
 
