@@ -13,6 +13,7 @@ from tests import naive
 from vision3dgen.ops import (
     GraphConv,
     SubdivideMeshes,
+    boxtree,
     cot_laplacian,
     ico_sphere,
     laplacian,
@@ -203,10 +204,12 @@ def test_sampling_rejects_a_batch_without_faces():
 # nearest triangles and points
 
 
-@pytest.fixture(params=["tree", "tiles"])
+@pytest.fixture(params=["whole", "pieces"])
 def search(request, monkeypatch):
-    monkeypatch.setattr(meshes, "TREE_PAIRS", 0 if request.param == "tree" else 10**12)
-    monkeypatch.setattr(meshes, "PAIRS_AT_ONCE", 41)
+    if request.param == "pieces":
+        monkeypatch.setattr(boxtree, "_FRONT", 7)
+        monkeypatch.setattr(boxtree, "_VIEW", 20)
+        monkeypatch.setattr(boxtree, "_PAIRS", 41)
     return request.param
 
 
@@ -259,6 +262,32 @@ def test_segments_are_triangles_with_a_corner_twice(search):
     point = torch.tensor([[3.0, 4, 12]])
     collapsed = torch.zeros(1, 3, 3)
     torch.testing.assert_close(lengths_to(point, collapsed, nearest_triangles(point, collapsed)), torch.tensor([13.0]))
+
+
+def test_points_equally_far_from_all_of_a_surface_wait_for_each_other(monkeypatch):
+    sphere = ico_sphere(3)
+    points = torch.zeros(40, 3, dtype=torch.float64)
+    descend, seen = boxtree._descend, []
+
+    def counted(queries, bound, levels):
+        found = descend(queries, bound, levels)
+        seen.append(0 if found is None else len(found[0]))
+        return found
+
+    monkeypatch.setattr(boxtree, "_descend", counted)
+    monkeypatch.setattr(boxtree, "_VIEW", 1000)
+    triangles = sphere.verts_packed()[sphere.faces_packed()].double()
+    found = nearest_triangles(points, triangles)
+    expected = meshes.closest_barycentrics(points[:1].expand(1280, 3), triangles)[1]
+    assert torch.equal(found.indices, expected.argmin().expand(40))
+    assert 1280 <= max(seen) <= 4 * 1000 + 1280
+
+
+def test_of_equals_the_first_is_nearest(search):
+    points = torch.tensor([[1.0, 1, 1], [0, 0, 0], [1, 1, 1], [0, 0, 0]]).repeat(20, 1)
+    triangles = torch.tensor([[[1.0, 1, 1], [2, 1, 1], [1, 2, 1]], [[0, 0, 0], [-1, 0, 0], [0, -1, 0]]]).repeat(9, 1, 1)
+    assert torch.equal(nearest_triangles(points, triangles).indices, torch.tensor([0, 1]).repeat(40))
+    assert torch.equal(nearest_points(triangles, points).indices, torch.tensor([0, 1]).repeat(9))
 
 
 def test_nearest_of_nothing():

@@ -20,9 +20,7 @@ from torch import Tensor
 
 from vision3dgen.checks import check_choice, check_finite
 from vision3dgen.ops.backends import full_precision
-from vision3dgen.ops.boxtree import nearest_boxed
-from vision3dgen.ops.meshes import MeshesLike, closest_barycentrics
-from vision3dgen.ops.points import knn_points
+from vision3dgen.ops.meshes import MeshesLike, closest_barycentrics, nearest_triangles
 
 _CHUNK = 1 << 18  # pairs handled at once where the caller states no budget: their arrays stay near the cache
 
@@ -354,20 +352,7 @@ def _nearest(corners: Float[Tensor, "F 3 3"], points: Float[Tensor, "N 3"]) -> N
         missing = torch.full((len(points),), -1, device=points.device)
         nowhere = points * 0  # with a gradient, zero, as elsewhere
         return NearestFaces(nowhere[:, 0] + math.inf, missing, nowhere + math.nan)
-    queries, targets = points.detach(), corners.detach()
-
-    def measure(point: Tensor, face: Tensor) -> Tensor:
-        return closest_barycentrics(queries[point], targets[face])[1]
-
-    # the face with the nearest center is near enough to leave few others in question
-    likely = knn_points(queries[None], targets.mean(1)[None], K=1, backend="torch").idx[0, :, 0]
-    bound = measure(torch.arange(len(queries), device=points.device), likely)
-    rounding = 64 * torch.finfo(torch.float64).eps * (targets.abs().amax() + queries.abs().amax(1))
-    bound = (bound.sqrt() + rounding).square()
-    boxes = torch.stack([targets.amin(1), targets.amax(1)], dim=1)
-    index = nearest_boxed(queries, boxes, bound, measure)
-    chosen = corners[index]
     # The weights are constants here: moving the closest point along its face does not change the distance.
-    weights, _ = closest_barycentrics(queries, chosen.detach())
-    closest = (weights[..., None] * chosen).sum(1)
+    index, weights = nearest_triangles(points.detach(), corners.detach())
+    closest = (weights[..., None] * corners[index]).sum(1)
     return NearestFaces(_length(closest - points), index, closest)

@@ -5,7 +5,7 @@ PyTorch3D 0.7.9 where it has the operator.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from vision3dgen.checks import check_choice, check_finite, check_shape
 from vision3dgen.ops.backends import full_precision, raise_half
-from vision3dgen.ops.points import PAIRS_AT_ONCE, TREE_PAIRS, build_tree, within
+from vision3dgen.ops.boxtree import Measure, nearest_boxed
+from vision3dgen.ops.points import nearest_indices, within
 from vision3dgen.structures import Meshes
 
 
@@ -252,107 +253,54 @@ def closest_barycentrics(
 
 @torch.no_grad()
 def nearest_triangles(points: Float[Tensor, "P 3"], triangles: Float[Tensor, "F 3 3"]) -> ClosestPoints:
-    """The triangle nearest to each point (exact), and where on it. Raises ValueError when there is no triangle."""
+    """The triangle nearest to each point (exact, the first of equals), and where on it.
+
+    Computed in float64. Raises ValueError when there is no triangle.
+    """
     if not len(triangles):
         raise ValueError("there is no triangle to be near to")
     _finite(points=points, triangles=triangles)
-    centers, radii = _balls(triangles)
-    return _nearest(points.double(), torch.zeros_like(points[:, 0], dtype=torch.float64), centers, radii, triangles, 1)
+    x, corners = points.double(), triangles.double()
+
+    def measure(point: Tensor, triangle: Tensor) -> Tensor:
+        return closest_barycentrics(x[point], corners[triangle])[1]
+
+    which = _nearest(x[:, None], corners, measure)
+    return ClosestPoints(which, closest_barycentrics(x, corners[which])[0].to(triangles.dtype))
 
 
 @torch.no_grad()
 def nearest_points(triangles: Float[Tensor, "F 3 3"], points: Float[Tensor, "P 3"]) -> ClosestPoints:
-    """The point nearest to each triangle (exact), and where on the triangle. ValueError when there is no point."""
+    """The point nearest to each triangle (exact, the first of equals), and where on the triangle.
+
+    Computed in float64. Raises ValueError when there is no point.
+    """
     if not len(points):
         raise ValueError("there is no point to be near to")
     _finite(triangles=triangles, points=points)
-    centers, radii = _balls(triangles)
-    return _nearest(centers, radii, points.double(), torch.zeros_like(points[:, 0], dtype=torch.float64), triangles, 0)
+    x, corners = points.double(), triangles.double()
+
+    def measure(triangle: Tensor, point: Tensor) -> Tensor:
+        return closest_barycentrics(x[point], corners[triangle])[1]
+
+    which = _nearest(corners, x[:, None], measure)
+    return ClosestPoints(which, closest_barycentrics(x[which], corners)[0].to(triangles.dtype))
 
 
-def _balls(triangles: Float[Tensor, "F 3 3"]) -> tuple[Float[Tensor, "F 3"], Float[Tensor, " F"]]:
-    """A ball around each triangle: the mean of its corners and the farthest of them."""
-    corners = triangles.double()
-    centers = corners.mean(1)
-    return centers, (corners - centers[:, None]).norm(dim=2).amax(1)
+def _nearest(queries: Float[Tensor, "Q I 3"], contents: Float[Tensor, "T J 3"], measure: Measure) -> Int[Tensor, " Q"]:
+    """The nearest content of each query, both given by their corners: one for a point, three for a triangle."""
+    if not len(queries):
+        return torch.zeros(0, dtype=torch.int64, device=queries.device)
+    # the content with the nearest center is near enough to leave few others in question
+    likely = nearest_indices(queries.mean(1)[None], contents.mean(1)[None], None, None, 2, 1)[0, :, 0]
+    bound = measure(torch.arange(len(queries), device=queries.device), likely)
+    rounding = 64 * torch.finfo(bound.dtype).eps * (contents.abs().amax() + queries.abs().amax((1, 2)))
+    bound = (bound.sqrt() + rounding).square()
+    return nearest_boxed(_boxes(queries), _boxes(contents), bound, measure)
 
 
-def _nearest(
-    queries: Float[Tensor, "Q 3"],
-    reach: Float[Tensor, " Q"],
-    targets: Float[Tensor, "T 3"],
-    target_reach: Float[Tensor, " T"],
-    triangles: Float[Tensor, "F 3 3"],
-    triangle_side: int,
-) -> ClosestPoints:
-    """For each query ball the target whose contents are nearest; `triangle_side` 1 if the targets are triangles."""
-    corners = triangles.double()
-
-    def measure(query: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        if triangle_side:
-            return closest_barycentrics(queries[query], corners[target])
-        return closest_barycentrics(targets[target], corners[query])
-
-    if queries.device.type != "cpu" or len(queries) * len(targets) <= TREE_PAIRS:
-        which = _nearest_by_tiles(len(queries), len(targets), measure, queries.device)
-    else:
-        which = _nearest_by_tree(queries, reach, targets, target_reach, measure)
-    barycentrics, _ = measure(torch.arange(len(queries), device=queries.device), which)
-    return ClosestPoints(which, barycentrics.to(triangles.dtype))
-
-
-Measure = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def _nearest_by_tiles(queries: int, targets: int, measure: Measure, device: torch.device) -> Int[Tensor, " Q"]:
-    rows = max(1, PAIRS_AT_ONCE // max(targets, 1))
-    which = [torch.zeros(0, dtype=torch.int64, device=device)]
-    all_targets = torch.arange(targets, device=device)[None]
-    for top in range(0, queries, rows):
-        query = torch.arange(top, min(top + rows, queries), device=device)[:, None]
-        which.append(measure(*torch.broadcast_tensors(query, all_targets))[1].argmin(1))
-    return torch.cat(which)
-
-
-def _nearest_by_tree(
-    queries: Tensor, reach: Tensor, targets: Tensor, target_reach: Tensor, measure: Measure
-) -> Int[Tensor, " Q"]:
-    """Nearest centers first, until the balls of all further ones are farther than the best seen.
-
-    Targets are searched in groups of like size, since the bound is as loose as the largest ball of a group.
-    """
-    best = torch.full_like(reach, torch.inf)
-    which = torch.zeros(len(queries), dtype=torch.int64)
-    relative = target_reach / target_reach.max().clamp(min=torch.finfo(torch.float64).tiny)
-    group = relative.clamp(min=2.0**-16).log2().ceil()
-    for level in group.unique():
-        members = (group == level).nonzero()[:, 0]
-        widest = target_reach[members].max()
-        tree = build_tree(targets[members].numpy())
-        open_rows = torch.arange(len(queries))
-        seen, k = 0, 1
-        while len(open_rows) and seen < len(members):
-            k = min(k, len(members))
-            still_open = []
-            for rows in open_rows.split(max(1, PAIRS_AT_ONCE // (k - seen))):
-                found = tree.query(
-                    queries[rows].numpy(), k=list(range(seen + 1, k + 1)), workers=torch.get_num_threads()
-                )
-                between, target = torch.from_numpy(found[0]), members[torch.from_numpy(found[1])]
-                row, column = (
-                    (between - reach[rows, None] - target_reach[target] < best[rows, None]).nonzero().unbind(1)
-                )
-                squared = torch.full_like(between, torch.inf)
-                squared[row, column] = measure(rows[row], target[row, column])[1]
-                least, column = squared.min(1)
-                distance = least.sqrt()
-                closer = distance < best[rows]
-                best[rows] = distance.where(closer, best[rows])
-                which[rows] = target.gather(1, column[:, None])[:, 0].where(closer, which[rows])
-                still_open.append(rows[between[:, -1] - reach[rows] - widest < best[rows]])
-            open_rows = torch.cat(still_open)
-            seen, k = k, 4 * k
-    return which
+def _boxes(corners: Float[Tensor, "N I 3"]) -> Float[Tensor, "N J 3"]:
+    return corners if corners.shape[1] == 1 else torch.stack([corners.amin(1), corners.amax(1)], dim=1)
 
 
 # -------------------------------------------------------------------------------------------- Laplacian matrices
