@@ -1,5 +1,7 @@
 """Triple-loop twins of the operators: slow, obvious, and written from the formulas alone."""
 
+import math
+
 import torch
 
 
@@ -24,6 +26,29 @@ def raycast(verts, faces, rotation, translation, intrinsics, image_size):
                 if min(u, v, 1 - u - v) >= 0 and t > 0 and (index[row, column] < 0 or t < depth[row, column]):
                     depth[row, column], index[row, column] = t, f
     return depth, index
+
+
+def soft_silhouette(verts, faces, rotation, translation, intrinsics, image_size, softness):
+    """1 - prod(1 - sigmoid(+-d^2 / softness)) with d in units of half the image's shorter side; all in front."""
+    height, width = image_size
+    local = verts.double() @ rotation.T + translation
+    image = [[float(x) for x in (intrinsics @ point)[:2] / point[2]] for point in local]
+    mask = torch.zeros(height, width, dtype=torch.float64)
+    for row in range(height):
+        for column in range(width):
+            x, y, clear = column + 0.5, row + 0.5, 1.0
+            for face in faces.tolist():
+                squared, sides = [], []
+                for k in range(3):
+                    (ax, ay), (bx, by) = image[face[k]], image[face[(k + 1) % 3]]
+                    length = (bx - ax) ** 2 + (by - ay) ** 2
+                    t = min(max(((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / length, 0), 1)
+                    squared.append((ax + t * (bx - ax) - x) ** 2 + (ay + t * (by - ay) - y) ** 2)
+                    sides.append((bx - ax) * (y - ay) - (by - ay) * (x - ax) > 0)
+                logit = min(squared) * (2 / min(image_size)) ** 2 / softness
+                clear *= 1 / (1 + math.exp(logit if len(set(sides)) == 1 else -logit))
+            mask[row, column] = 1 - clear
+    return mask
 
 
 def surface_metrics(pred, target, pred_normals, target_normals, squared, combine, threshold, strict):

@@ -30,6 +30,8 @@ from vision3dgen.ops.points import packed_to_padded as packed_to_padded
 from vision3dgen.ops.points import padded_to_packed as padded_to_packed
 from vision3dgen.ops.points import sample_farthest_points as sample_farthest_points
 from vision3dgen.ops.points import wmean as wmean
+from vision3dgen.ops.rasterize import Rasterization as Rasterization
+from vision3dgen.ops.rasterize import rasterize as rasterize
 from vision3dgen.ops.surface import Extraction as Extraction
 from vision3dgen.ops.surface import extract_surface as extract_surface
 from vision3dgen.ops.surface import isosurface as isosurface
