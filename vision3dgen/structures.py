@@ -225,6 +225,20 @@ class Meshes(_Ragged):
             _faces_attributes=_pack_attributes("faces", faces_attributes, num_faces, len(faces_local)),
         )
 
+    @classmethod
+    def _of_packed(
+        cls, verts: Tensor, faces: Tensor, num_verts: Tensor, num_faces: Tensor, faces_attributes: dict[str, Tensor]
+    ) -> "Meshes":
+        """A batch of what an operator made packed: nothing is copied, and nothing checked."""
+        return object.__new__(cls)._fields(
+            _verts=verts,
+            _faces=faces,
+            _num_verts=num_verts,
+            _num_faces=num_faces,
+            _verts_attributes={},
+            _faces_attributes=faces_attributes,
+        )
+
     def __len__(self) -> int:
         return len(self._num_verts)
 

@@ -193,8 +193,7 @@ def cubify(
         every, some = low & high, some_low | some_high
     used = some & ~every
     verts_count = used.flatten(1).sum(1)
-    # its number within its member
-    number = used.flatten(1).cumsum(1, dtype=torch.int32).view(-1).sub_(1)
+    number = used.view(-1).cumsum(0, dtype=torch.int32).sub_(1)  # int32: a table this large is read faster
     step, start = [], []
     for n in (size["W"], size["H"], size["D"]):
         step.append(2 / n if align == "corner" else 2 / max(n - 1, 1))
@@ -219,16 +218,11 @@ def cubify(
     place = bare.view(-1).nonzero()[:, 0]
     faces = sides.index_select(0, place).long().view(-1, 3)
     faces_count = torch.zeros_like(verts_count).index_add_(0, member, 2 * bare.sum(1))
-    attributes = None
+    attributes = {}
     if feats is not None:
         of_voxel = feats.to(device).permute(0, 3, 4, 2, 1).flatten(0, 3)  # (N H W D, K)
-        of_face = of_voxel[cell[place // len(_SIDES)]].repeat_interleave(2, 0)
-        attributes = {"feats": list(of_face.split(faces_count.tolist()))}
-    return Meshes(
-        list(verts.split(verts_count.tolist())),
-        list(faces.split(faces_count.tolist())),
-        faces_attributes=attributes,
-    )
+        attributes["feats"] = of_voxel[cell[place // len(_SIDES)]].repeat_interleave(2, 0)
+    return Meshes._of_packed(verts, faces, verts_count, faces_count, attributes)
 
 
 def _unravel(index: Int[Tensor, " N"], shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
