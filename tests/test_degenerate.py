@@ -808,6 +808,12 @@ def test_alignment_takes_the_same_turns_at_every_scale_and_place(scale, shift):
     torch.testing.assert_close(found.RTs.s, expected.RTs.s, rtol=1e-6, atol=0)
 
 
+def test_distances_far_from_the_origin_keep_their_digits_in_float32():
+    triangle = torch.tensor([[0.0, 0, 0], [3, 0, 0], [0, 3, 0]]) + 1e6
+    point = torch.tensor([0.5, 0.8125, 0.1875]) + 1e6
+    assert abs(float(ops.point_triangle_distance(point[None], triangle[None])) - 0.1875) < 1e-6
+
+
 def test_both_searches_agree_on_the_torture_set(monkeypatch):
     """Small clouds are measured in tiles; made to use the trees of large ones, results are the same."""
     # where several answers are right each search may give another
