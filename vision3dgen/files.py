@@ -1,11 +1,12 @@
-"""Files that are never half written, and paths that never leave their folder."""
+"""Files that are never half written, lines of JSON, and paths that never leave their folder."""
 
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 class FileError(ValueError):
@@ -47,3 +48,14 @@ def safe_join(root: str | os.PathLike[str], relative: str) -> Path:
     if not joined.resolve().is_relative_to(Path(root).resolve()):
         raise FileError(f"path {relative!r} leaves {os.fspath(root)} through a link, to {joined.resolve()}")
     return joined
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The entries of a file with one JSON object per line; a ValueError names the line that is not JSON."""
+    entries = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
+    return entries

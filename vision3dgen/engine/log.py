@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from vision3dgen.files import read_jsonl
+
 
 class Mean:
     """Running means of named scalars that stay on their device until they are read."""
@@ -111,14 +113,7 @@ class Log:
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The entries of a run's metrics.jsonl, in order of step."""
-    path = run_dir / "metrics.jsonl"
-    entries = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
-    return entries
+    return read_jsonl(run_dir / "metrics.jsonl")
 
 
 def _cut(path: Path, step: int) -> None:

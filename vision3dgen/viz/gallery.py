@@ -5,7 +5,6 @@ need matplotlib, and a path ending in .pdf or .svg gives vectors.
 """
 
 import io
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from vision3dgen.files import atomic_write
+from vision3dgen.files import atomic_write, read_jsonl
 from vision3dgen.io import write_png
 from vision3dgen.structures import Camera
 from vision3dgen.viz.scene import (
@@ -244,7 +243,7 @@ def curves(
     Quantities that are measured often are drawn pale, with their running mean on top; losses on a logarithmic axis.
     """
     records = {
-        name: _read_jsonl(Path(run)) if isinstance(run, str | os.PathLike) else list(run) for name, run in runs.items()
+        name: read_jsonl(Path(run)) if isinstance(run, str | os.PathLike) else list(run) for name, run in runs.items()
     }
     found = list(dict.fromkeys(key for entries in records.values() for entry in entries for key in entry))
     chosen = list(keys) if keys is not None else [k for k in found if k.endswith("loss") or k.startswith("val/")]
@@ -301,16 +300,6 @@ def threshold_curve(
         axis.set(title=title, xlabel=label, ylim=(-0.02, 1.02))
     _legend(figure, axes)
     _save(figure, path)
-
-
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    entries = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
-    return entries
 
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
