@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OPEN3D_LIBRARIES := libusb-1.0-0 libgl1 libegl1 libgomp1 libx11-6 libvulkan1 mesa-vulkan-drivers
-# Threads that wait asleep, not spinning: on a machine that others use, spinning makes training several times slower.
+# Threads wait asleep, not spinning: on a machine that others use, spinning takes the cores that work needs.
 export OMP_WAIT_POLICY := PASSIVE
 
 CONFIG ?= configs/single_view_quick.yaml

@@ -3,7 +3,7 @@
 Source: the decoder of Choy et al. 2016 (3D-R2N2) in the feed-forward form used by Mescheder et al. 2019:
 code -> 256 x 4^3 -> three stride-2 transposed convolutions -> one logit per voxel.
 Differs: batch normalization after each transposed convolution, and a last bias that starts at the share of voxels that
-are occupied (as Lin et al. 2017 start a detector): both save the first thousand steps.
+are occupied (as Lin et al. 2017 start a detector), or a short training is spent on learning that bias.
 """
 
 import math
