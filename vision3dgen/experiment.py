@@ -32,7 +32,7 @@ from vision3dgen.files import atomic_write
 from vision3dgen.heads import HEADS
 from vision3dgen.io import read_image, save_mesh
 from vision3dgen.metrics import EVALUATIONS, Evaluator, Prediction, Scores, ShapeEvaluator
-from vision3dgen.models import MODELS
+from vision3dgen.models import DECODERS, MODELS
 from vision3dgen.structures import Frame
 from vision3dgen.viz import Sample, Shown, show
 
@@ -40,6 +40,7 @@ PARTS: dict[str, Mapping[str, Callable[..., Any]]] = {  # sections of a model th
     "trunk": BACKBONES,
     "backbone": BACKBONES,
     "head": HEADS,
+    "decoder": DECODERS,
 }
 GIVEN_TO_TRAINER = ("model", "data", "run_dir", "seed")  # what the experiment passes beside the configuration
 

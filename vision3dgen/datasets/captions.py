@@ -39,10 +39,11 @@ class Captions(torch.utils.data.Dataset[dict[str, Any]]):
 
     root: folder of `file`, of the vocabulary and of `splits`. split: "train", "val", "test", or "all" lines there are.
     fields: which of image (3, H, W), tokens, objects (a list of `CaptionedObject`), mask (1, H, W) of object numbers,
-    depth (1, H, W), camera to read; every item has `captions`, all of them, and `id` besides. `tokens` (T,) are those
-    of one caption, drawn from seed, epoch and index, padded to `max_length` (by default that of the longest caption of
-    the file). image_size: side to resize to, antialiased; mask and depth take the nearest pixel. unknown: whether a
-    word that the vocabulary does not have becomes <unknown> or an error. cache: keep pictures in memory, as bytes.
+    depth (1, H, W), camera to read; every item has `captions`, all of them, `vocabulary` and `id` besides. `tokens`
+    (T,) are those of one caption, drawn from seed, epoch and index, padded to `max_length` (by default that of the
+    longest caption of the file). image_size: side to resize to, antialiased; mask and depth take the nearest pixel.
+    unknown: whether a word that the vocabulary does not have becomes <unknown> or an error. cache: keep pictures in
+    memory, as bytes.
 
     Raises ValueError or OSError naming file and line.
     """
@@ -116,7 +117,7 @@ class Captions(torch.utils.data.Dataset[dict[str, Any]]):
                 item["camera"] = self._camera(index)
             else:
                 item[name] = self._pixels(index, name)
-        return item | {"captions": list(line["captions"]), "id": line["id"]}
+        return item | {"captions": list(line["captions"]), "vocabulary": self.vocabulary, "id": line["id"]}
 
     # ------------------------------------------------------------------------------------------- lines and splits
 

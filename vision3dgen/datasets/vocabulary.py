@@ -5,7 +5,6 @@ The first five tokens of every vocabulary are `SPECIALS`; models know their numb
 
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,15 +17,10 @@ from torch import Tensor
 
 from vision3dgen.checks import check_choice
 from vision3dgen.files import atomic_write
-from vision3dgen.language import END, MASK, PAD, SPECIALS, START, UNKNOWN
+from vision3dgen.language import END, MASK, PAD, SPECIALS, START, UNKNOWN, words_of
 
 _FORMAT = "vision3dgen vocabulary"
 _VERSION = 1  # a change of how text becomes tokens raises it
-
-
-def words_of(text: str) -> list[str]:
-    """Lower-case words and single punctuation marks: "A car, parked." -> a | car | , | parked | ."""
-    return re.findall(r"\w+(?:['-]\w+)*|[^\w\s]", text.lower())
 
 
 class Vocabulary:

@@ -6,8 +6,20 @@ from vision3dgen.models.baselines import MeanShape as MeanShape
 from vision3dgen.models.baselines import OracleNeighbor as OracleNeighbor
 from vision3dgen.models.baselines import Retrieval as Retrieval
 from vision3dgen.models.baselines import ShapeLibrary as ShapeLibrary
+from vision3dgen.models.captioning import Captioner as Captioner
+from vision3dgen.models.decoders import DECODERS as DECODERS
+from vision3dgen.models.decoders import AttentionDecoder as AttentionDecoder
+from vision3dgen.models.decoders import RecurrentDecoder as RecurrentDecoder
+from vision3dgen.models.decoders import SequenceDecoder as SequenceDecoder
+from vision3dgen.models.decoders import TransformerDecoder as TransformerDecoder
+from vision3dgen.models.language import MaskedLanguageModel as MaskedLanguageModel
+from vision3dgen.models.search import beam_search as beam_search
 from vision3dgen.models.single_view import IMAGENET_MEAN as IMAGENET_MEAN
 from vision3dgen.models.single_view import IMAGENET_STD as IMAGENET_STD
 from vision3dgen.models.single_view import SingleView as SingleView
 
-MODELS: dict[str, type[nn.Module]] = {"single_view": SingleView}
+MODELS: dict[str, type[nn.Module]] = {
+    "single_view": SingleView,
+    "captioning": Captioner,
+    "masked_language": MaskedLanguageModel,
+}
