@@ -54,13 +54,34 @@ class Loader:
 
 
 @dataclass(frozen=True)
+class Initialize:
+    """A trained run whose weights a model starts from, where names fit; see `engine.load_fitting`.
+
+    into: the part of the model they are loaded into, such as "decoder"; the whole model by default.
+    """
+
+    run: Path
+    into: str = ""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+    def load(self, model: nn.Module) -> list[str]:
+        """The names loaded; ConfigError if the run or the part does not exist."""
+        try:
+            part = model.get_submodule(self.into)
+        except AttributeError as error:
+            parts = [name for name, _ in model.named_children()]
+            raise ConfigError(f"initialize.into: the model has no part {self.into!r}; it has {parts}") from error
+        return engine.load_fitting(part, Run.open(self.run).checkpoint(), renamed=self.renamed)
+
+
+@dataclass(frozen=True)
 class Experiment:
     """The top level of a configuration.
 
     data: a dataset by name and its arguments, without the split. splits: arguments that differ for train, val or test.
     model: a model by name and its arguments; those named in `PARTS` (a `backbone`, a `head`) are objects by name too.
     trainer: arguments of `engine.Trainer`. evaluation: one of `EVALUATIONS` by name and its arguments, else shapes.
-    prepare: data to make first, by name and arguments, unless it is there.
+    prepare: data to make first, by name and arguments, unless it is there. initialize: weights to start training from.
     """
 
     data: Mapping[str, Any]
@@ -70,6 +91,7 @@ class Experiment:
     evaluation: Annotated[Evaluator, Named(EVALUATIONS, "shapes")] = field(default_factory=ShapeEvaluator)
     splits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     prepare: Mapping[str, Any] | None = None
+    initialize: Initialize | None = None
     seed: int = 0
 
     def check(self) -> None:
@@ -165,9 +187,10 @@ class Run:
             collate,
             experiment.loader.num_workers,
         )
-        given: dict[str, Any] = dict(
-            zip(GIVEN_TO_TRAINER, (experiment.build_model(), data, self.folder, experiment.seed))
-        )
+        model = experiment.build_model()
+        if experiment.initialize is not None and engine.latest(self.folder) is None:
+            experiment.initialize.load(model)
+        given: dict[str, Any] = dict(zip(GIVEN_TO_TRAINER, (model, data, self.folder, experiment.seed)))
         trainer = construct(Trainer, experiment.trainer, where="trainer", **given)
         return trainer.fit(self._validation() if trainer.validation else None, resume=resume)
 

@@ -114,13 +114,17 @@ def draw_scene(rng: np.random.Generator, shapes: int) -> Scene:
 
 
 def _draw_places(rng: np.random.Generator, count: int) -> list[tuple[float, float]]:
+    """Places such that each pair is far apart along one axis and not along the other: else it would be a matter of
+    taste which relation holds."""
+    first, second = np.triu_indices(count, 1)
     while True:
-        drawn = rng.uniform((-1.0, -1.0), (1.0, 1.0), (count, 2))
-        steps = np.abs(drawn[:, None] - drawn[None])[np.triu_indices(count, 1)]
-        if (steps.max(axis=1, initial=0) < _APART).any() or (steps.min(axis=1, initial=9) > 0.6 * _APART).any():
-            continue  # too close, or diagonal: which relation holds would be a matter of taste
-        placed = drawn - (drawn.min(axis=0) + drawn.max(axis=0)) / 2
-        return [(float(x), float(z)) for x, z in placed]
+        drawn = rng.uniform(-1, 1, (64, count, 2))  # as many tries at once
+        steps = np.abs(drawn[:, first] - drawn[:, second])
+        clear = (steps.max(-1) >= _APART).all(1) & (steps.min(-1) <= 0.6 * _APART).all(1)
+        if clear.any():
+            chosen = drawn[clear.argmax()]
+            placed = chosen - (chosen.min(axis=0) + chosen.max(axis=0)) / 2
+            return [(float(x), float(z)) for x, z in placed]
 
 
 def relation(a: SceneObject, b: SceneObject) -> str:

@@ -3,6 +3,7 @@
 from vision3dgen.engine.checkpoint import CheckpointError as CheckpointError
 from vision3dgen.engine.checkpoint import best as best
 from vision3dgen.engine.checkpoint import latest as latest
+from vision3dgen.engine.checkpoint import load_fitting as load_fitting
 from vision3dgen.engine.checkpoint import load_weights as load_weights
 from vision3dgen.engine.loading import Data as Data
 from vision3dgen.engine.loading import ShuffleSampler as ShuffleSampler
