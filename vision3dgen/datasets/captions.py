@@ -121,10 +121,8 @@ class Captions(torch.utils.data.Dataset[dict[str, Any]]):
 
     # ------------------------------------------------------------------------------------------- lines and splits
 
-    def _encode(self, number: int, line: Any, unknown: Any, max_length: int | None) -> list[list[int]]:
+    def _encode(self, number: int, line: dict[str, Any], unknown: Any, max_length: int | None) -> list[list[int]]:
         where = f"{self.file}, line {number}"
-        if not isinstance(line, dict):
-            raise ValueError(f"{where}: must be an object with id, image and captions, got {line!r}")
         for key in ("id", "image"):
             if not isinstance(line.get(key), str):
                 raise ValueError(f"{where}: {key!r} must be a string, got {line.get(key)!r}")

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -61,7 +61,7 @@ def bleu(
     references: Sequence[Sequence[Sequence[Hashable]]],
     *,
     order: int = 4,
-    smoothing: Literal["none", "add_one"] = "none",
+    smoothing: str = "none",
 ) -> Bleu:
     """BLEU of candidates, sequences of words, each with one or several references.
 
