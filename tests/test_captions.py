@@ -135,6 +135,29 @@ def test_captions_change_with_the_epoch_and_come_back(scenes):
     assert torch.equal(data[0]["image"], again[0]["image"])  # from the cache, and not
 
 
+def test_mirror_images_are_told_apart(scenes):
+    plain, mirrored = Captions(str(scenes), "all"), Captions(str(scenes), "all", mirror=True)
+    turned = 0
+    for epoch in range(4):
+        plain.set_epoch(epoch)
+        mirrored.set_epoch(epoch)
+        for i in range(6):
+            a, b = plain[i], mirrored[i]
+            words = [plain.vocabulary.decode(item["tokens"]).split() for item in (a, b)]
+            if torch.equal(a["image"], b["image"]):
+                assert words[0] == words[1]
+                assert a["captions"] == b["captions"]
+            else:
+                turned += 1
+                assert torch.equal(a["image"].flip(2), b["image"])
+                swapped = {"left": "right", "right": "left"}
+                assert words[1] == [swapped.get(word, word) for word in words[0]]
+                assert " ".join(words[1]) in b["captions"]
+    assert 5 < turned < 19
+    with pytest.raises(ValueError, match=r"the fields \['objects'\] were asked for too"):
+        Captions(str(scenes), "all", mirror=True, fields=("image", "objects"))
+
+
 def write(root, lines, words=("a", "red", "car"), images=("0.png", "1.png")):
     root.mkdir(exist_ok=True)
     (root / "captions.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))

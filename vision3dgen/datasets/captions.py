@@ -5,6 +5,7 @@ Each line is `{"id": ..., "image": PATH, "captions": [TEXT, ...]}`, paths relati
 by a split manifest in the folder's `splits`, under the key "scenes" or any other.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -42,8 +43,9 @@ class Captions(torch.utils.data.Dataset[dict[str, Any]]):
     depth (1, H, W), camera to read; every item has `captions`, all of them, `vocabulary` and `id` besides. `tokens`
     (T,) are those of one caption, drawn from seed, epoch and index, padded to `max_length` (by default that of the
     longest caption of the file). image_size: side to resize to, antialiased; mask and depth take the nearest pixel.
-    unknown: whether a word that the vocabulary does not have becomes <unknown> or an error. cache: keep pictures in
-    memory, as bytes.
+    unknown: whether a word that the vocabulary does not have becomes <unknown> or an error. mirror: turn half of the
+    images, drawn like the captions, left to right, and "left" and "right" in what is said of them; for training. cache:
+    keep pictures in memory, as bytes.
 
     Raises ValueError or OSError naming file and line.
     """
@@ -60,14 +62,18 @@ class Captions(torch.utils.data.Dataset[dict[str, Any]]):
         max_length: int | None = None,
         manifest: str | None = None,
         unknown: Literal["token", "raise"] = "raise",
+        mirror: bool = False,
         cache: bool = False,
         seed: int = 0,
     ):
         check_choice("split", split, (*SPLITS, "all"))
         for name in fields:
             check_choice("field", name, FIELDS)
+        if mirror and (others := sorted(set(fields) - {"image", "tokens"})):
+            raise ValueError(f"mirror turns image and tokens only, the fields {others} were asked for too")
         self.root, self.file = Path(root), Path(root) / file
         self.fields, self.image_size, self.seed, self.epoch = tuple(fields), image_size, seed, 0
+        self.mirror = mirror
         if not self.file.is_file():
             raise ValueError(f"{self.file}: no such file; make one with `vision3dgen prepare scenes {root}`")
         self.vocabulary = Vocabulary.load(self.root / vocabulary)
@@ -105,19 +111,24 @@ class Captions(torch.utils.data.Dataset[dict[str, Any]]):
             raise IndexError(f"index {index} is out of range for {len(self)} captioned images")
         index %= len(self)
         line = self.lines[index]
+        rng = np.random.default_rng([self.seed, self.epoch, index])
+        said = self._encoded[index][int(rng.integers(len(self._encoded[index])))]
+        captions = list(line["captions"])
+        turned = self.mirror and rng.random() < 0.5
+        if turned:
+            captions = [_turn(text) for text in captions]
+            said = self.vocabulary.encode(_turn(self.vocabulary.decode(said)))
         item: dict[str, Any] = {}
         for name in self.fields:
             if name == "tokens":
-                said = self._encoded[index]
-                drawn = int(np.random.default_rng([self.seed, self.epoch, index]).integers(len(said)))
-                item["tokens"] = padded(said[drawn], self.max_length)
+                item["tokens"] = padded(said, self.max_length)
             elif name == "objects":
                 item["objects"] = self._objects(index)
             elif name == "camera":
                 item["camera"] = self._camera(index)
             else:
-                item[name] = self._pixels(index, name)
-        return item | {"captions": list(line["captions"]), "vocabulary": self.vocabulary, "id": line["id"]}
+                item[name] = self._pixels(index, name).flip(2) if turned else self._pixels(index, name)
+        return item | {"captions": captions, "vocabulary": self.vocabulary, "id": line["id"]}
 
     # ------------------------------------------------------------------------------------------- lines and splits
 
@@ -212,3 +223,8 @@ class Captions(torch.utils.data.Dataset[dict[str, Any]]):
             self._size(index),
         )
         return camera if self.image_size is None else camera.resize((self.image_size, self.image_size))
+
+
+def _turn(text: str) -> str:
+    """What is true of the mirror image."""
+    return re.sub(r"\b(left|right)\b", lambda found: "right" if found[1] == "left" else "left", text)

@@ -59,7 +59,7 @@ _FORMAT = 1  # of record.json; a change of what is written for the same settings
 _SCENES, _TEXT = 0, 1  # streams of random numbers
 _TOLERANCE = 0.01  # of the simplified surfaces: about half a pixel
 _APART = 0.85  # between two objects, along the axis of their relation
-_TURN = math.pi / 3  # of an object, from facing the camera: from the side, a display is a stick
+_TURN = math.pi / 4  # of an object, from facing the camera: from the side, a display is a stick
 _LEAST = 80  # pixels of an image of 96 x 96 that must show of each object
 _FLOOR = 30.0  # half the side of the floor: farther than any picture shows
 
@@ -267,7 +267,7 @@ def _box(mask: Tensor) -> Tensor:
     return torch.stack([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]).float()
 
 
-def make_scene(seed: int, index: int, *, image_size: int = 96, shapes: int = 8) -> tuple[Scene, SceneView]:
+def make_scene(seed: int, index: int, *, image_size: int = 96, shapes: int = 4) -> tuple[Scene, SceneView]:
     """Scene number `index` of a seed and its view; drawn again until enough of every object shows, none cut off."""
     rng = np.random.default_rng([seed, _SCENES, index])
     while True:
@@ -297,7 +297,7 @@ def prepare_scenes(
     scenes: int,
     seed: int = 0,
     image_size: int = 96,
-    shapes: int = 8,
+    shapes: int = 4,
     captions: int = 5,
     sentences: int = 10_000,
     split: tuple[float, float, float] = (0.8, 0.1, 0.1),

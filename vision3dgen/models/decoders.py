@@ -97,7 +97,8 @@ class RecurrentDecoder(SequenceDecoder):
 
 
 class Annotations(nn.Module):
-    """A map (B, C, h, w) as places (B, h w, D): a linear layer, plus sinusoidal positions of row and column."""
+    """A map (B, C, h, w) as places (B, h w, D): a linear layer, normalized, plus sinusoidal positions of row and
+    column."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
@@ -105,10 +106,11 @@ class Annotations(nn.Module):
             raise ValueError(f"width must be a multiple of 4, for positions of rows and columns, got {width}")
         self.width = width
         self.linear = nn.Linear(channels, width)
+        self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B N D"]:
         positions = sinusoidal_positions(tuple(x.shape[2:]), self.width).to(x)  # (h, w, D)
-        return self.linear(x.flatten(2).transpose(1, 2)) + positions.flatten(0, 1)
+        return self.norm(self.linear(x.flatten(2).transpose(1, 2))) + positions.flatten(0, 1)
 
 
 class _Looking(NamedTuple):
