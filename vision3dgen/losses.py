@@ -32,23 +32,19 @@ from vision3dgen.ops.points import PointcloudsLike, checked_cloud, knn_gather, k
 # ----------------------------------------------------------------------------------------------------- classes
 
 
-def softmax_cross_entropy(
-    scores: Float[Tensor, "B K"], labels: Int[Tensor, " B"] | Float[Tensor, "B K"]
-) -> Float[Tensor, " B"]:
+def softmax_cross_entropy(scores: Float[Tensor, "B K"], labels: Tensor) -> Float[Tensor, " B"]:
     """-log of the probability that softmax(scores) gives to the label, in nats; log K where all scores are equal.
 
-    labels: classes, or probabilities over them (of mixed images), for which it is the expectation.
+    labels: classes (B,), or probabilities (B, K) of mixed images, for which it is the expectation.
     """
     check_labels(labels, scores)
     return F.cross_entropy(scores.float() if scores.dtype.itemsize < 4 else scores, labels, reduction="none")
 
 
-def multiclass_hinge(
-    scores: Float[Tensor, "B K"], labels: Int[Tensor, " B"], margin: float = 1.0
-) -> Float[Tensor, " B"]:
+def multiclass_hinge(scores: Float[Tensor, "B K"], labels: Tensor, margin: float = 1.0) -> Float[Tensor, " B"]:
     """sum over j != y of max(0, s_j - s_y + margin), y the label; (K - 1) * margin where all scores are equal.
 
-    At a kink the gradient is that of the flat side. Source: Weston and Watkins 1999.
+    labels: classes (B,). At a kink the gradient is that of the flat side. Source: Weston and Watkins 1999.
     Differs: torch's `multi_margin_loss`, which computes it, divides by K.
     """
     check_labels(labels, scores)

@@ -7,7 +7,7 @@ classes that are more likely, which is what `metrics.ClassEvaluator` takes.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -198,7 +198,7 @@ class NearestNeighbors:
 
     def __init__(
         self, images: Float[Tensor, "N *S"], labels: Int[Tensor, " N"], classes: int, *, k: int = 1,
-        metric: Literal["l1", "l2", "cosine"] = "l2", memory: int = 1 << 28,
+        metric: str = "l2", memory: int = 1 << 28,
     ):  # fmt: skip
         check_choice("metric", metric, ("l1", "l2", "cosine"))
         if not 1 <= k <= len(images):
