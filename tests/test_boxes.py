@@ -56,7 +56,7 @@ def test_a_turned_square_leaves_an_octagon():
         [[math.cos(angle), math.sin(angle), 0], [-math.sin(angle), math.cos(angle), 0], [0, 0, 1]], dtype=torch.float64
     )
     found = box3d_overlap((UNIT - 0.5)[None], ((UNIT - 0.5) @ turn)[None])
-    assert float(found.vol) == pytest.approx(2 * (math.sqrt(2) - 1), rel=1e-12)
+    assert float(found.vol) == pytest.approx(2 * (math.sqrt(2) - 1), rel=1e-8)
 
 
 def test_random_boxes_agree_with_counted_points():
@@ -82,11 +82,12 @@ def test_random_boxes_agree_with_counted_points():
 def test_symmetric_and_unmoved_by_rigid_motion():
     first, second = random_boxes(5, 3), random_boxes(3, 4)
     found = box3d_overlap(first, second)
-    torch.testing.assert_close(box3d_overlap(second, first).vol.T, found.vol, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(box3d_overlap(second, first).vol.T, found.vol, rtol=1e-8, atol=1e-11)
     turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64))[0]
     moved = box3d_overlap(first @ turn + 3, second @ turn + 3)
-    torch.testing.assert_close(moved.vol, found.vol, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(box3d_overlap(first, first).iou.diagonal(), torch.ones(5, dtype=torch.float64))
+    torch.testing.assert_close(moved.vol, found.vol, rtol=1e-8, atol=1e-11)
+    own = box3d_overlap(first, first).iou.diagonal()
+    torch.testing.assert_close(own, torch.ones(5, dtype=torch.float64), rtol=1e-8, atol=0)
 
 
 def test_gradients_of_moving_and_growing():
