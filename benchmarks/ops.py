@@ -568,7 +568,7 @@ def draw_scaling(rows: list[Row], path: Path) -> None:
 def inside_table(folder: Path) -> str:
     """Agreement with Open3D's ray casting, smoothness and time of the inside tests on every mesh of a folder.
 
-    Points are uniform in the box 1.2 times the mesh's. `flips`: share of neighbors on a 48^3 grid of which one is inside;
+    Points are uniform in the box 1.2 times the mesh's. `flips`: share of neighbors on a 48^3 grid of which one is in;
     of a mesh with holes, rays leave streaks that raise it.
     """
     if not HAS_OPEN3D:
