@@ -1,11 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from tests.published import OUTPUTS, filled, layout, shapes_of, uniform
-from vision3dgen.backbones import BACKBONES, LeNet5, ResNet, alexnet, resnet18, resnet20
-from vision3dgen.backbones.resnet import PreActBlock
+from vision3dgen.backbones import BACKBONES
 
 CLASSIFIERS = (
     "alexnet", "vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg16_bn", "vgg19_bn",

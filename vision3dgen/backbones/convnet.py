@@ -37,6 +37,7 @@ class LeNet5(Backbone):
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):  # Glorot & Bengio 2010, for tanh
                 nn.init.xavier_uniform_(module.weight)
+                assert module.bias is not None
                 nn.init.zeros_(module.bias)
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> list[Tensor]:
@@ -71,7 +72,7 @@ class Convnet(Backbone):
             if isinstance(layer, nn.MaxPool2d):
                 self.channels.append(channels)
                 self.strides.append(stride)
-                stride *= layer.stride
+                stride *= int(layer.stride)  # type: ignore[arg-type]
             if isinstance(layer, nn.Conv2d):
                 channels, stride = layer.out_channels, stride * layer.stride[0]
         self.channels.append(channels)
