@@ -8,6 +8,11 @@ from vision3dgen.backbones.convnet import Convnet as Convnet
 from vision3dgen.backbones.convnet import LeNet5 as LeNet5
 from vision3dgen.backbones.convnet import alexnet as alexnet
 from vision3dgen.backbones.convnet import vgg as vgg
+from vision3dgen.backbones.convnet import vgg11_bn as vgg11_bn
+from vision3dgen.backbones.convnet import vgg16 as vgg16
+from vision3dgen.backbones.fpn import FPN as FPN
+from vision3dgen.backbones.fpn import FPNS as FPNS
+from vision3dgen.backbones.fpn import resnet_fpn as resnet_fpn
 from vision3dgen.backbones.hybrid import HYBRIDS as HYBRIDS
 from vision3dgen.backbones.hybrid import Hybrid as Hybrid
 from vision3dgen.backbones.multiview import MultiViewEncoder as MultiViewEncoder
@@ -39,6 +44,7 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
     **CONVNETS,
     **RESNETS,
     **VITS,
+    **FPNS,
     **HYBRIDS,
     "r2n2": R2N2Encoder,
 }

@@ -128,12 +128,12 @@ def alexnet(num_classes: int | None = None, in_channels: int = 3, dropout: float
 
 def vgg(
     counts: Sequence[int], *, batch_norm: bool, num_classes: int | None = None, in_channels: int = 3,
-    dropout: float = 0.5,
+    dropout: float = 0.5, widths: Sequence[int] = (64, 128, 256, 512, 512),
 ) -> Convnet:  # fmt: skip
-    """Five stages of `counts[i]` 3x3 convolutions, each followed by max pooling; images of at least 32 pixels."""
+    """Stages of `counts[i]` 3x3 convolutions of `widths[i]`, each followed by max pooling; images from 32 pixels."""
     layers: list[nn.Module] = []
     inputs = in_channels
-    for count, width in zip(counts, (64, 128, 256, 512, 512), strict=True):
+    for count, width in zip(counts, widths, strict=True):
         for _ in range(count):
             layers.append(nn.Conv2d(inputs, width, 3, padding=1))
             layers += [nn.BatchNorm2d(width), nn.ReLU()] if batch_norm else [nn.ReLU()]
@@ -142,7 +142,7 @@ def vgg(
     classifier = None
     if num_classes is not None:
         classifier = nn.Sequential(
-            nn.Linear(512 * 7 * 7, 4096), nn.ReLU(), nn.Dropout(dropout),
+            nn.Linear(inputs * 7 * 7, 4096), nn.ReLU(), nn.Dropout(dropout),
             nn.Linear(4096, 4096), nn.ReLU(), nn.Dropout(dropout),
             nn.Linear(4096, num_classes),
         )  # fmt: skip
