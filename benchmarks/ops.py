@@ -37,7 +37,7 @@ from vision3dgen.files import atomic_write
 from vision3dgen.io import load_mesh, to_open3d, to_pytorch3d, to_trimesh
 from vision3dgen.structures import Camera, GridSpec, Meshes, Pointclouds
 
-SECONDS = 6.0  # about how long all repetitions of a row may take, for each contestant
+SECONDS = 3.0  # about how long all repetitions of a row may take, for each contestant
 REPEATS = (3, 25)  # fewest and most
 HAS_PYTORCH3D = importlib.util.find_spec("pytorch3d") is not None
 HAS_SKIMAGE = importlib.util.find_spec("skimage") is not None
