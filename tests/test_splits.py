@@ -48,7 +48,7 @@ def test_plain_folds_need_not_hold_each_label_alike():
 def test_a_split_is_disjoint_covers_and_is_deterministic():
     parts = split(101, {"train": 0.8, "val": 0.1, "test": 0.1}, seed=7)
     assert {name: len(indices) for name, indices in parts.items()} == {"train": 81, "val": 10, "test": 10}
-    assert sorted(sum(parts.values(), [])) == list(range(101))
+    assert sorted(index for indices in parts.values() for index in indices) == list(range(101))
     assert all(indices == sorted(indices) for indices in parts.values())
     assert parts == split(101, {"train": 0.8, "val": 0.1, "test": 0.1}, seed=7)
     assert parts != split(101, {"train": 0.8, "val": 0.1, "test": 0.1}, seed=8)

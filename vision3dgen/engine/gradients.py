@@ -15,7 +15,7 @@ class GradientCheck(NamedTuple):
     """The parameter element whose two gradients differ most; `error` is |a - n| / max(|a| + |n|, floor)."""
 
     name: str
-    index: tuple[int, ...]
+    element: tuple[int, ...]
     analytic: float
     numeric: float
     error: float
@@ -68,7 +68,7 @@ def check_gradients(
     worst = worst._replace(errors=errors)
     if worst.error > tolerance:
         raise ValueError(
-            f"the gradient of {worst.name!r} at {list(worst.index)} is {worst.analytic:.6g} and differences give "
+            f"the gradient of {worst.name!r} at {list(worst.element)} is {worst.analytic:.6g} and differences give "
             f"{worst.numeric:.6g}: relative error {worst.error:.2g}, more than {tolerance:g}"
         )
     return worst

@@ -1,4 +1,4 @@
-"""The processes of a run: which this one is, and items divided between them so that none is counted twice or left out."""
+"""The processes of a run: which this one is, and items divided so that none is counted twice or left out."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence

@@ -147,9 +147,9 @@ class Trainer:
         """Train to the last step, or until patience ends.
 
         `validate(model)` returns metrics of the model in evaluation mode, the average of the weights if one is kept; it
-        runs in every process and the first one's result counts (`gather_items` makes one of all). `resume` continues from the newest whole checkpoint of
-        `run_dir`, or starts where there is none. SIGTERM and SIGINT save a checkpoint after the step under way and
-        raise SystemExit(128 + signal); a second one acts at once.
+        runs in every process and the first one's result counts (`gather_items` makes one of all). `resume` continues
+        from the newest whole checkpoint of `run_dir`, or starts where there is none. SIGTERM and SIGINT save a
+        checkpoint after the step under way and raise SystemExit(128 + signal); a second one acts at once.
         """
         if (validate is None) != (self.validation is None):
             raise ValueError("fit(validate) and Trainer(validation=...) go together: give both or neither")
