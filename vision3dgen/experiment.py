@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from vision3dgen import __version__, engine
-from vision3dgen.backbones import BACKBONES
+from vision3dgen.backbones import BACKBONES, load_weights
 from vision3dgen.config import Config, ConfigError, Named, arguments, build, choose, construct, load, save
 from vision3dgen.datasets import CATEGORIES, DATASETS, PREPARE, collate
 from vision3dgen.engine import Data, Trainer, to_device
@@ -125,6 +125,33 @@ def build_parts(node: Any, table: Mapping[str, Callable[..., Any]], /, *, where:
     return build(_without(node, *parts), table, where=where, **parts, **given)
 
 
+def load_module(model: nn.Module, name: str, source: Path) -> None:
+    """Give the module `name` of `model` the weights of the same module in a run folder, or those in a file, in place.
+
+    Of a run it is the best checkpoint, else the newest. The classifier (`fc`, `classifier`) of a file of published
+    weights is left out where the module has none. Raises ValueError or OSError naming file and fault.
+    """
+    try:
+        module = model.get_submodule(name)
+    except AttributeError as error:
+        known = sorted(child for child, _ in model.named_children())
+        raise ConfigError(f"weights: the model has no module {name!r}; it has {known}") from error
+    own = {key.partition(".")[0] for key in module.state_dict()}
+
+    def without_classifier(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        left_out = {"fc", "classifier"} - own
+        return {key: value for key, value in state.items() if key.partition(".")[0] not in left_out}
+
+    path, prefix = source, ""
+    if source.is_dir():
+        folder = engine.best(source) or engine.latest(source)
+        if folder is None:
+            raise ConfigError(f"weights: {source} has no checkpoint: train it first, or give a file")
+        averaged = folder / "ema.safetensors"
+        path, prefix = averaged if averaged.exists() else folder / "model.safetensors", f"{name}."
+    load_weights(module, path, prefix=prefix, rename=without_classifier)
+
+
 @dataclass(frozen=True)
 class Run:
     """A run folder and the experiment in it."""
@@ -168,22 +195,28 @@ class Run:
         )
         model = experiment.build_model()
         for name, source in experiment.weights.items():
-            engine.load_module(model, name, source)
+            load_module(model, name, source)
         given: dict[str, Any] = dict(zip(GIVEN_TO_TRAINER, (model, data, self.folder, experiment.seed)))
         trainer = construct(Trainer, experiment.trainer, where="trainer", **given)
         return trainer.fit(self._validation() if trainer.validation else None, resume=resume)
 
     def _validation(self) -> Callable[[nn.Module], dict[str, float]]:
-        """Means over the val split of what a model measures about itself."""
-        dataset = self.experiment.dataset("val")
+        """Means over the val split of what a model measures about itself; processes divide the batches."""
+        dataset, size = self.experiment.dataset("val"), self.experiment.evaluation.batch_size
 
         def validate(model: nn.Module) -> dict[str, float]:
             device = next(model.parameters()).device
-            sums: dict[str, float] = {}
-            for batch in self.experiment.batches(dataset, self.experiment.evaluation.batch_size):
-                for name, values in model.validation_metrics(to_device(batch, device)).items():  # type: ignore[operator]
-                    sums[name] = sums.get(name, 0.0) + float(values.sum())
-            return {name: total / len(dataset) for name, total in sums.items()}
+            indices: list[int] = []
+            measured: dict[str, list[Tensor]] = {}
+            for number in engine.share(-(-len(dataset) // size)):
+                mine = range(number * size, min((number + 1) * size, len(dataset)))
+                batch = to_device(collate([dataset[index] for index in mine]), device)
+                for name, values in model.validation_metrics(batch).items():  # type: ignore[operator]
+                    measured.setdefault(name, []).append(values)
+                indices += mine
+            values = {name: torch.cat(parts) for name, parts in measured.items()}
+            gathered = engine.gather_items(indices, values, len(dataset))
+            return {name: float(values.double().mean()) for name, values in gathered.items()}
 
         return validate
 

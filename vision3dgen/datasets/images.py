@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import interpolate
+from torch.nn.functional import pad as pad_zeros
 
 from vision3dgen.checks import check_choice
 from vision3dgen.engine import split as divide
@@ -114,17 +115,24 @@ class Classification(torch.utils.data.Dataset[dict[str, Any]], ABC):
 
 
 class _InMemory(Classification):
-    """Pictures of one size, all in memory as bytes (M, C, H, W)."""
+    """Pictures of one size, all in memory as bytes (M, C, H, W), cut out of a frame of `pad` zeros at random."""
 
     def __init__(
         self, source: str | os.PathLike[str], split: str, part: str, pixels: np.ndarray, labels: np.ndarray,
-        classes: Sequence[str], selection: Selection,
+        classes: Sequence[str], selection: Selection, pad: int,
     ):  # fmt: skip
+        if pad < 0:
+            raise ValueError(f"pad must be at least 0 pixels, got {pad}")
         super().__init__(source, split, torch.from_numpy(labels.astype(np.int64)), classes, selection)
-        self._pixels, self._part = torch.from_numpy(pixels), part
+        self._pixels, self._part, self.pad = torch.from_numpy(pixels), part, pad
 
     def _image(self, place: int) -> Float[Tensor, "C H W"]:
-        return self._pixels[place].float() / 255
+        image = self._pixels[place].float() / 255
+        if not self.pad:
+            return image
+        top, left = torch.randint(2 * self.pad + 1, (2,)).tolist()  # the trainer seeds each sample
+        framed = pad_zeros(image, (self.pad,) * 4)
+        return framed[:, top : top + image.shape[1], left : left + image.shape[2]]
 
     def _id(self, place: int) -> str:
         return f"{self._part}/{place:05d}"
@@ -186,14 +194,15 @@ FASHION = (
 class MNIST(_InMemory):
     """Handwritten digits, 1 x 28 x 28: root holds {train,t10k}-{images-idx3,labels-idx1}-ubyte, gzipped or not.
 
-    Published parts: "train" (60,000) and "test" (10,000). For the rest see `Selection`.
+    Published parts: "train" (60,000) and "test" (10,000). pad: zeros around each picture, out of which it is cut at a
+    random place (give it to the training split only). For the rest see `Selection`.
     """
 
     names: Sequence[str] = [str(digit) for digit in range(10)]
 
     def __init__(
         self, root: str | os.PathLike[str], split: str, *, part: str | None = None,
-        fractions: Mapping[str, float] | None = None, keep: Sequence[int] | None = None, seed: int = 0,
+        fractions: Mapping[str, float] | None = None, keep: Sequence[int] | None = None, seed: int = 0, pad: int = 0,
     ):  # fmt: skip
         selection = Selection(part, fractions, keep, seed)
         part = selection.part_of(split, list(_MNIST_FILES))
@@ -208,7 +217,7 @@ class MNIST(_InMemory):
         if len(pixels) != len(labels):
             raise FileError(f"{image_path} has {len(pixels)} images, but {label_path} has {len(labels)} labels")
         _check_labels(label_path, labels, len(self.names))
-        super().__init__(image_path, split, part, pixels[:, None], labels, self.names, selection)
+        super().__init__(image_path, split, part, pixels[:, None], labels, self.names, selection, pad)
 
 
 class FashionMNIST(MNIST):
@@ -241,7 +250,7 @@ def _check_labels(path: Path, labels: np.ndarray, classes: int, what: str = "lab
 class CIFAR10(_InMemory):
     """Small photographs, 3 x 32 x 32: root is, or holds, the folder cifar-10-batches-bin of the binary version.
 
-    Published parts: "train" (50,000) and "test" (10,000). For the rest see `Selection`.
+    Published parts: "train" (50,000) and "test" (10,000). For the rest see `MNIST` and `Selection`.
     Source: Krizhevsky 2009; a record is the label in a byte and 3,072 bytes, red, green and blue plane, row by row.
     """
 
@@ -257,11 +266,11 @@ class CIFAR10(_InMemory):
 
     def __init__(
         self, root: str | os.PathLike[str], split: str, *, part: str | None = None,
-        fractions: Mapping[str, float] | None = None, keep: Sequence[int] | None = None, seed: int = 0,
+        fractions: Mapping[str, float] | None = None, keep: Sequence[int] | None = None, seed: int = 0, pad: int = 0,
     ):  # fmt: skip
-        self._read(root, split, Selection(part, fractions, keep, seed), column=0)
+        self._read(root, split, Selection(part, fractions, keep, seed), pad, column=0)
 
-    def _read(self, root: str | os.PathLike[str], split: str, selection: Selection, *, column: int) -> None:
+    def _read(self, root: str | os.PathLike[str], split: str, selection: Selection, pad: int, *, column: int) -> None:
         """Read the part that holds `split`, labelled by the byte number `column` of each record."""
         part = selection.part_of(split, list(self.files))
         folder = Path(root) / self.folder if (Path(root) / self.folder).is_dir() else Path(root)
@@ -276,7 +285,7 @@ class CIFAR10(_InMemory):
             pieces.append(records)
         data = np.concatenate(pieces)
         pixels = np.ascontiguousarray(data[:, len(self.label_bytes) :].reshape(-1, 3, 32, 32))
-        super().__init__(folder, split, part, pixels, data[:, column], classes, selection)
+        super().__init__(folder, split, part, pixels, data[:, column], classes, selection, pad)
 
     def _expected(self, folder: Path, name: str) -> Path:
         path = folder / name
@@ -302,10 +311,10 @@ class CIFAR100(CIFAR10):
 
     def __init__(
         self, root: str | os.PathLike[str], split: str, *, labels: str = "fine", part: str | None = None,
-        fractions: Mapping[str, float] | None = None, keep: Sequence[int] | None = None, seed: int = 0,
+        fractions: Mapping[str, float] | None = None, keep: Sequence[int] | None = None, seed: int = 0, pad: int = 0,
     ):  # fmt: skip
         check_choice("labels", labels, ("coarse", "fine"))
-        self._read(root, split, Selection(part, fractions, keep, seed), column=int(labels == "fine"))
+        self._read(root, split, Selection(part, fractions, keep, seed), pad, column=int(labels == "fine"))
 
 
 def _folders(folder: Path) -> list[Path]:

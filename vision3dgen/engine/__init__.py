@@ -8,8 +8,6 @@ from vision3dgen.engine.checkpoint import snapshots as snapshots
 from vision3dgen.engine.ensemble import Ensemble as Ensemble
 from vision3dgen.engine.gradients import GradientCheck as GradientCheck
 from vision3dgen.engine.gradients import check_gradients as check_gradients
-from vision3dgen.engine.items import gather_items as gather_items
-from vision3dgen.engine.items import share as share
 from vision3dgen.engine.loading import Data as Data
 from vision3dgen.engine.loading import ShuffleSampler as ShuffleSampler
 from vision3dgen.engine.loading import to_device as to_device
@@ -25,6 +23,9 @@ from vision3dgen.engine.optim import freeze as freeze
 from vision3dgen.engine.optim import layerwise_scales as layerwise_scales
 from vision3dgen.engine.optim import lr_factor as lr_factor
 from vision3dgen.engine.optim import recompute_batch_norm as recompute_batch_norm
+from vision3dgen.engine.processes import gather_items as gather_items
+from vision3dgen.engine.processes import main_process_first as main_process_first
+from vision3dgen.engine.processes import share as share
 from vision3dgen.engine.seeding import seed_all as seed_all
 from vision3dgen.engine.settings import Averaging as Averaging
 from vision3dgen.engine.settings import Penalty as Penalty
@@ -39,4 +40,3 @@ from vision3dgen.engine.trainer import Objective as Objective
 from vision3dgen.engine.trainer import Result as Result
 from vision3dgen.engine.trainer import Trainer as Trainer
 from vision3dgen.engine.trainer import main_process_first as main_process_first
-from vision3dgen.engine.transfer import load_module as load_module
