@@ -39,4 +39,3 @@ from vision3dgen.engine.splits import split as split
 from vision3dgen.engine.trainer import Objective as Objective
 from vision3dgen.engine.trainer import Result as Result
 from vision3dgen.engine.trainer import Trainer as Trainer
-from vision3dgen.engine.trainer import main_process_first as main_process_first
