@@ -1,6 +1,7 @@
 """Pictures with one class each, read in the layouts they are published in: idx, CIFAR's binary records, folders, lists.
 
-Items are {"image": (C, H, W) in [0, 1], "label": int64 scalar, "category": name of the class, "id": its origin}. Nothing is unpickled. Every fault of a file is a FileError that names it.
+Items are {"image": (C, H, W) in [0, 1], "label": int64 scalar, "category": name of the class, "id": its origin}.
+Nothing is unpickled. Every fault of a file is a FileError that names it.
 """
 
 import gzip
@@ -450,14 +451,14 @@ def _read_pairs(path: Path) -> list[tuple[str, int]]:
 
 
 def resize_crop(image: Float[Tensor, "C H W"], size: int) -> Float[Tensor, "C S S"]:
-    """The middle square of a picture whose shorter side is brought to `size` pixels, antialiased.
+    """The middle square of a picture, resized to `size` pixels a side, antialiased.
 
-    Differs: the common protocol for ImageNet brings the shorter side to 256 and cuts out 224; for that, cut twice.
+    Differs: the common protocol for ImageNet brings the shorter side to 256 and keeps 224 of it; this keeps all of it.
     """
     height, width = image.shape[1:]
-    scale = size / min(height, width)
-    shape = (max(round(height * scale), size), max(round(width * scale), size))
-    if shape != (height, width):
-        image = interpolate(image[None], shape, mode="bilinear", antialias=True, align_corners=False)[0].clamp(0, 1)
-    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
-    return image[:, top : top + size, left : left + size]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = image[:, top : top + side, left : left + side]
+    if side == size:
+        return square
+    return interpolate(square[None], (size, size), mode="bilinear", antialias=True, align_corners=False)[0].clamp(0, 1)
