@@ -252,7 +252,7 @@ def test_faults_of_cifar_folders_are_named(tmp_path, monkeypatch):
     python = tmp_path / "python" / "cifar-10-batches-py"
     python.mkdir(parents=True)
     (python / "data_batch_1").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match="data_batch_1 is of the Python version, .* it is a pickle"):
+    with pytest.raises(FileNotFoundError, match=r"data_batch_1 is of the Python version, .* it is a pickle"):
         CIFAR10(tmp_path / "python", "train")
 
 
