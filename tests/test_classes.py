@@ -1,7 +1,9 @@
-"""Scores of classifiers against loops, the evaluation of runs, their pictures, and the configurations of recognition."""
+"""Scores of classifiers against loops, the evaluation of runs, their pictures, and their configurations."""
 
 import json
 import math
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -282,3 +284,30 @@ def test_weights_of_another_architecture_stop_a_run(shared_data, tmp_path, capsy
     assert "not the weights of this ResNet" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"weights\.backbone|weights"):
         Run.create(tmp_path / "other", load(CONFIGS / "transfer_frozen_mnist.yaml", ["weights.backbone=3"]))
+
+
+@pytest.mark.slow
+def test_the_benchmark_leaves_a_table_and_pictures(shared_data, tmp_path):
+    script = CONFIGS.parent / "benchmarks" / "recognition.py"
+    command = [
+        sys.executable,
+        str(script),
+        "--data",
+        str(shared_data / "mnist"),
+        "--out",
+        str(tmp_path),
+        "--preset",
+        "tiny",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (tmp_path / "table.jsonl").read_text().splitlines()]
+    assert len(records) == 11
+    assert all(record["total"] == 200 and record["test_seconds"] > 0 for record in records)
+    text = (tmp_path / "table.md").read_text()
+    assert all(f"| {record['method']} |" in text for record in records)
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert drawn == {
+        "templates_softmax.png", "templates_svm.png", "confusion_softmax.png", "confusion_resnet.png", "classes.png",
+        "mistakes.png",
+    }  # fmt: skip

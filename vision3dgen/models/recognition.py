@@ -211,15 +211,17 @@ class NearestNeighbors:
         self.rows = self._rows(images, "training image")
 
     @staticmethod
-    def gather(batches: Iterable[Mapping[str, Any]], classes: int, **settings: Any) -> "NearestNeighbors":
-        """Read a whole training set; `settings` are those of the constructor."""
+    def gather(
+        batches: Iterable[Mapping[str, Any]], classes: int, *, device: torch.device | str = "cpu", **settings: Any
+    ) -> "NearestNeighbors":
+        """Read a whole training set and keep it on `device`; `settings` are those of the constructor."""
         images, labels = [], []
         for batch in batches:
             images.append(batch["image"])
             labels.append(batch["label"])
         if not images:
             raise ValueError("nearest neighbors need at least one training batch, got none")
-        return NearestNeighbors(torch.cat(images), torch.cat(labels), classes, **settings)
+        return NearestNeighbors(torch.cat(images).to(device), torch.cat(labels).to(device), classes, **settings)
 
     def neighbors(self, images: Float[Tensor, "B *S"]) -> Neighbors:
         """The k nearest training items of each image, whatever the number of images."""
