@@ -56,7 +56,7 @@ class Photometric(ABC):
     """A step that changes colours and moves nothing."""
 
     @abstractmethod
-    def paint(self, images: Float[Tensor, "B 3 H W"], generator: torch.Generator | None) -> Float[Tensor, "B 3 H W"]:
+    def paint(self, images: Float[Tensor, "B C H W"], generator: torch.Generator | None) -> Float[Tensor, "B C H W"]:
         """The changed images, in [0, 1]."""
 
 
@@ -295,7 +295,7 @@ class ColorJitter(Photometric):
         if not 0 <= self.hue <= 0.5:
             raise ValueError(f"hue must be in [0, 0.5], got {self.hue}")
 
-    def paint(self, images: Float[Tensor, "B 3 H W"], generator: torch.Generator | None) -> Float[Tensor, "B 3 H W"]:
+    def paint(self, images: Float[Tensor, "B C H W"], generator: torch.Generator | None) -> Float[Tensor, "B C H W"]:
         from kornia import enhance
 
         def draw(amount: float, middle: float) -> Tensor:
@@ -323,7 +323,7 @@ class Blur(Photometric):
         _check_range("sigma", self.sigma, 0, math.inf, above=True)
         _check_probability(self.probability)
 
-    def paint(self, images: Float[Tensor, "B 3 H W"], generator: torch.Generator | None) -> Float[Tensor, "B 3 H W"]:
+    def paint(self, images: Float[Tensor, "B C H W"], generator: torch.Generator | None) -> Float[Tensor, "B C H W"]:
         from kornia.filters import gaussian_blur2d
 
         sigma = _uniform(len(images), self.sigma, generator).to(images)
@@ -342,7 +342,7 @@ class Greyscale(Photometric):
     def __post_init__(self) -> None:
         _check_probability(self.probability)
 
-    def paint(self, images: Float[Tensor, "B 3 H W"], generator: torch.Generator | None) -> Float[Tensor, "B 3 H W"]:
+    def paint(self, images: Float[Tensor, "B C H W"], generator: torch.Generator | None) -> Float[Tensor, "B C H W"]:
         from kornia.color import rgb_to_grayscale
 
         chosen = (_uniform(len(images), (0.0, 1.0), generator) < self.probability).to(images.device)

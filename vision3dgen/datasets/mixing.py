@@ -7,7 +7,7 @@ come back as probabilities where images were mixed; torch's `cross_entropy` take
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 
+@runtime_checkable
 class Mixing(Protocol):
     """What the classes of this module are."""
 

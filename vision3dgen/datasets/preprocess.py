@@ -197,9 +197,7 @@ class Whiten(_Spectral):
     Source: Krizhevsky 2009, appendix A (ZCA); Bell and Sejnowski 1997.
     """
 
-    def __init__(
-        self, shape: Sequence[int], kind: str = "zca", components: int | None = None, epsilon: float = 0.0
-    ):
+    def __init__(self, shape: Sequence[int], kind: str = "zca", components: int | None = None, epsilon: float = 0.0):
         check_choice("kind of whitening", kind, ("pca", "zca"))
         if not epsilon >= 0:
             raise ValueError(f"epsilon must be >= 0, got {epsilon}")
