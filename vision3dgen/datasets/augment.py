@@ -1,8 +1,8 @@
 """Augmentation that moves image, mask, depth, normals, boxes, keypoints and camera of a sample together.
 
-Pixel (row 0, column 0) covers [0, 1), so a geometric step is a map of continuous pixel positions p' = A p, and all else
-in a sample follows from A. The maps of steps next to one another are multiplied before anything is resampled: an image is
-interpolated once, what a crop cut off comes back when a later step moves it in, and no change changes no bit.
+Pixel (row 0, column 0) covers [0, 1), so a geometric step is a map of continuous pixel positions p' = A p, and all
+else in a sample follows from A. The maps of steps next to one another are multiplied before anything is resampled: an
+image is interpolated once, what a crop cut off comes back when a later step moves it in, and no change changes no bit.
 
 | key | batch (a sample lacks the B) | what becomes of it |
 |---|---|---|
@@ -13,11 +13,11 @@ interpolated once, what a crop cut off comes back when a later step moves it in,
 | `keypoints` | list of (..., 2) | moved, not clipped; `keypoints_visible` (...,) tells which are in the picture |
 | `camera` | `Camera` | projects the same world points to the moved pixels |
 
-**Camera.** A K is an intrinsic matrix times a rotation about the optical axis (RQ decomposition), for every affine A. The
-new K takes focal lengths, principal point and skew: all of crop, scale, translation and stretching, and the skew of a
-shear. The extrinsics take the rotation. A flip makes it a reflection (determinant -1): focal lengths stay positive, x
-points right in the picture, and the camera looks at the mirrored world. Depth along the axis does not change. Normals are
-in the camera frame and turn with the extrinsics; without a camera, as for square pixels. A distorted picture has no
+**Camera.** For every affine A, A K is an intrinsic matrix times a rotation about the optical axis (RQ decomposition).
+The new K takes focal lengths, principal point and skew: all of crop, scale, translation and stretching, and the skew of
+a shear. The extrinsics take the rotation. A flip makes it a reflection (determinant -1): focal lengths stay positive, x
+points right in the picture, and the camera looks at the mirrored world. Depth along the axis does not change. Normals
+are in the camera frame and turn with the extrinsics; without a camera, as for square pixels. A distorted picture has no
 pinhole camera: see `Distort`.
 """
 

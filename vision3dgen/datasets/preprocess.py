@@ -1,8 +1,8 @@
 """Preprocessing fitted to data: normalization, principal components, whitening; each with its inverse.
 
-All are modules, so that they move with the model, are saved in its checkpoint and loaded from it. `fit` takes a stream of
-batches (B, *shape) and keeps only their number, mean and covariance, in float64: the data need not fit into memory, and
-the covariance of D numbers takes 8 D^2 bytes (75 MB for 3 x 32 x 32).
+All are modules, so that they move with the model, are saved in its checkpoint and loaded from it. `fit` takes a stream
+of batches (B, *shape) and keeps only their number, mean and covariance, in float64: the data need not fit into memory,
+and the covariance of D numbers takes 8 D^2 bytes (75 MB for 3 x 32 x 32).
 """
 
 from abc import ABC, abstractmethod
@@ -19,15 +19,15 @@ from vision3dgen.checks import check_choice
 
 
 class Moments(NamedTuple):
-    """Of n samples of D numbers: their count, mean, and covariance with divisor n - 1."""
+    """Of n samples of D numbers: how many, mean, and covariance with divisor n - 1."""
 
-    count: int
+    samples: int
     mean: Float[Tensor, "D"]
     covariance: Float[Tensor, "D D"]
 
 
 def moments(batches: Iterable[Float[Tensor, "B *shape"]]) -> Moments:
-    """Mean and covariance of the flattened items of a stream. Source: Chan et al. 1983, the update of a group at once."""
+    """Mean and covariance of the flattened items of a stream, a batch at a time. Source: Chan et al. 1983."""
     count, mean, scatter = 0, None, None
     for batch in batches:
         flat = batch.flatten(1).double()
@@ -95,7 +95,7 @@ class Normalize(Preprocess):
 
     def fit(self, batches: Iterable[Float[Tensor, "B C *shape"]]) -> "Normalize":
         found = moments(batch.movedim(1, -1).reshape(-1, len(self.mean)) for batch in batches)
-        variance = found.covariance.diagonal() * ((found.count - 1) / found.count)
+        variance = found.covariance.diagonal() * ((found.samples - 1) / found.samples)
         flat = (variance <= 0).nonzero()
         if len(flat):
             raise ValueError(f"channel {int(flat[0, 0])} has the same value everywhere and cannot be normalized")
@@ -154,7 +154,7 @@ class _Spectral(Preprocess):
         self.basis.copy_(basis[:, : self.components])
         self.variance.copy_(variance[: self.components])
         self.fitted.fill_(True)
-        return found.count, rank
+        return found.samples, rank
 
     def _project(self, values: Tensor) -> Tensor:
         self._check_fitted()
@@ -187,7 +187,7 @@ class PCA(_Spectral):
 
 
 class Whiten(_Spectral):
-    """Uncorrelated numbers of variance 1: z = (x - mean) U / sqrt(variance + epsilon), and for "zca" turned back by U^T.
+    """Uncorrelated numbers of variance 1: z = (x - mean) U / sqrt(variance + epsilon), for "zca" turned back by U^T.
 
     "pca" gives scores (B, components); "zca" gives items of the data's own shape, the nearest to the data of all
     whitenings. The covariance over the data fitted to is the identity for `epsilon` 0, and diagonal with entries
