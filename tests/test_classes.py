@@ -214,7 +214,7 @@ def test_figures_of_scores(tmp_path):
 def test_mistakes_keep_their_pixels_sharp(tmp_path):
     image = torch.zeros(1, 28, 28)
     image[0, 3, 5] = 1
-    sheet = viz.mistakes([image] * 5, ["7"] * 5, ["1"] * 5, tmp_path / "mistakes.png", columns=3)
+    sheet = viz.mistakes([image] * 5, ["7"] * 5, ["1"] * 5, tmp_path / "mistakes.png", columns=3, size=84)
     white_blocks = (sheet[6 : 6 + 84, 6 : 6 + 84] == 255).all(-1)
     assert white_blocks.sum() == 9  # one pixel, three times as large
     with pytest.raises(ValueError, match="must be as many, at least one, got 1, 2 and 1"):
