@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.test_docs import python_blocks
 from vision3dgen import cli, viz
 from vision3dgen.config import ConfigError, load
 from vision3dgen.experiment import Run
@@ -309,3 +310,11 @@ def test_the_benchmark_leaves_a_table_and_pictures(shared_data, tmp_path):
         "templates_softmax.png", "templates_svm.png", "confusion_softmax.png", "confusion_resnet.png", "classes.png",
         "mistakes.png",
     }  # fmt: skip
+
+
+def test_the_examples_of_the_page_run(capsys):
+    for block in python_blocks(CONFIGS.parent / "docs" / "recognition.md"):
+        exec(block, {})
+    printed = capsys.readouterr().out
+    assert "tensor([2.3026]) tensor([9.])" in printed
+    assert "tensor([0, 1])" in printed
