@@ -160,6 +160,64 @@ def graph_conv(x, edges, w0, b0, w1, b1, directed=False):
     return torch.stack(out)
 
 
+def edge_convolution(features, network, K):
+    """max over the K nearest in feature space (itself among them) of network(x_i, x_j - x_i), point by point."""
+    out = []
+    for x in features:
+        order = (features - x).square().sum(1).argsort(stable=True)[:K].tolist()
+        out.append(network(torch.stack([torch.cat([x, features[j] - x]) for j in order])).amax(0))
+    return torch.stack(out)
+
+
+def set_abstraction(points, features, network, count, radius, K):
+    """Farthest points, and for each the maximum of network(x_j, p_j - center) over the first K of its ball."""
+    centers, out = farthest(points, count), []
+    for center in centers:
+        rows = []
+        for j, point in enumerate(points):
+            if float((point - points[center]).square().sum()) < radius**2 and len(rows) < K:
+                offset = point - points[center]
+                rows.append(offset if features is None else torch.cat([features[j], offset]))
+        out.append(network(torch.stack(rows)).amax(0))
+    return centers, torch.stack(out)
+
+
+def timm_vit(state, images, heads):
+    """timm's vision transformer as a function of its state dict: token by token and head by head in the attention."""
+
+    def linear(x, name):
+        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdim=True)
+        x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        return x * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    kernel = state["patch_embed.proj.weight"]
+    patch, width = kernel.shape[-1], kernel.shape[0]
+    tokens = [state["cls_token"].expand(len(images), 1, width)]
+    for top in range(0, images.shape[2], patch):
+        for left in range(0, images.shape[3], patch):
+            square = images[:, :, top : top + patch, left : left + patch].flatten(1)
+            tokens.append((square @ kernel.flatten(1).T + state["patch_embed.proj.bias"])[:, None])
+    x = torch.cat(tokens, dim=1) + state["pos_embed"]
+    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    for index in range(depth):
+        block = f"blocks.{index}"
+        qkv = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv")
+        qkv = qkv.reshape(*x.shape[:2], 3, heads, width // heads)
+        seen = torch.zeros_like(qkv[:, :, 0])
+        for head in range(heads):
+            query, key, value = (qkv[:, :, part, head] for part in range(3))
+            weights = (query @ key.mT / math.sqrt(width // heads)).softmax(-1)
+            seen[:, :, head] = weights @ value
+        x = x + linear(seen.flatten(2), f"{block}.attn.proj")
+        hidden = linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1")
+        hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+        x = x + linear(hidden, f"{block}.mlp.fc2")
+    return linear(norm(x, "norm")[:, 0], "head")
+
+
 def normal_consistency(verts, faces):
     """Mean of 1 - cos of the angle between each two faces with a common edge, both wound along it."""
     terms = []
@@ -305,3 +363,40 @@ def bleu(candidates, references, order, add_one):
                 best = len(reference)
         closest += best
     return product * (1 if own > closest else math.exp(1 - closest / own))
+
+
+def nearest_neighbors(train, labels, queries, k, metric, classes):
+    """Predicted classes and neighbor indices by loops over pixels; ties as documented."""
+    predicted, neighbors = [], []
+    for query in queries.flatten(1).tolist():
+        distances = []
+        for row in train.flatten(1).tolist():
+            if metric == "l1":
+                distance = sum(abs(a - b) for a, b in zip(query, row))
+            elif metric == "l2":
+                distance = math.sqrt(sum((a - b) ** 2 for a, b in zip(query, row)))
+            else:
+                dot = sum(a * b for a, b in zip(query, row))
+                distance = 1 - dot / math.sqrt(sum(a * a for a in query)) / math.sqrt(sum(b * b for b in row))
+            distances.append(round(distance, 9))
+        order = sorted(range(len(train)), key=lambda index: (distances[index], index))[:k]
+        votes = [[int(labels[index]) for index in order].count(label) for label in range(classes)]
+        tied = [label for label in range(classes) if votes[label] == max(votes)]
+        predicted.append(next(int(labels[index]) for index in order if int(labels[index]) in tied))
+        neighbors.append(order)
+    return predicted, neighbors
+
+
+def hinge(scores, labels, margin):
+    """Weston and Watkins' loss of each item and the gradient of their sum, from the formula."""
+    losses, gradient = [], torch.zeros_like(scores)
+    for i, (row, label) in enumerate(zip(scores.tolist(), labels.tolist())):
+        total = 0.0
+        for j, score in enumerate(row):
+            violation = score - row[label] + margin
+            if j != label and violation > 0:
+                total += violation
+                gradient[i, j] += 1
+                gradient[i, label] -= 1
+        losses.append(total)
+    return torch.tensor(losses, dtype=scores.dtype), gradient

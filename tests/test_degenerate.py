@@ -607,6 +607,7 @@ EXEMPT = {
     "Rasterization": "the result of rasterize",
     "ico_sphere": "takes no geometry",
     "torus": "takes no geometry",
+    "box3d_overlap": "takes boxes, which are checked: tests/test_boxes.py",
 }
 
 # ---------------------------------------------------------------------------------------------------------- checks

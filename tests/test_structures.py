@@ -464,3 +464,15 @@ def test_check_choice_names_the_nearest():
         ValueError, match=r"unknown fruit 'aple' \(did you mean 'apple'\?\); choose from \['apple', 'pear'\]"
     ):
         check_choice("fruit", "aple", ["pear", "apple"])
+
+
+def test_points_inside_boxes():
+    clouds = Pointclouds([torch.tensor([[0.0, 0, 0], [1, 1, 1], [2, 0, 0]]), torch.zeros(0, 3), torch.ones(1, 3)])
+    one = torch.tensor([[0.0, 0, 0], [1, 1, 1]])
+    assert clouds.inside_box(one).tolist() == [True, True, False, True]
+    each = torch.stack([one, one, one + 2])
+    assert clouds.inside_box(each).tolist() == [True, True, False, False]
+    with pytest.raises(ValueError, match="must not be above"):
+        clouds.inside_box(one.flip(0))
+    with pytest.raises(ValueError, match=r"box must be \(2, 3\) or \(3, 2, 3\), got \(2, 2, 3\)"):
+        clouds.inside_box(each[:2])

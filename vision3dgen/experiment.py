@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from vision3dgen import __version__, engine
-from vision3dgen.backbones import BACKBONES
+from vision3dgen.backbones import BACKBONES, load_weights
 from vision3dgen.config import Config, ConfigError, Named, arguments, build, choose, construct, load, save
-from vision3dgen.datasets import CATEGORIES, DATASETS, PREPARE, collate
+from vision3dgen.datasets import AUGMENTATIONS, CATEGORIES, DATASETS, PREPARE, Augment, Augmented, collate
 from vision3dgen.engine import Data, Trainer, to_device
 from vision3dgen.files import atomic_write
 from vision3dgen.heads import HEADS
@@ -81,7 +81,10 @@ class Experiment:
     data: a dataset by name and its arguments, without the split. splits: arguments that differ for train, val or test.
     model: a model by name and its arguments; those named in `PARTS` (a `backbone`, a `head`) are objects by name too.
     trainer: arguments of `engine.Trainer`. evaluation: one of `EVALUATIONS` by name and its arguments, else shapes.
-    prepare: data to make first, by name and arguments, unless it is there. initialize: weights to start training from.
+    weights: by module of the model, the run folder or file that its first weights come from.
+    initialize: parts of another kind of model to start from.
+    prepare: data to make first, by name and arguments, unless it is there. augment: `steps` by name and
+    arguments, and what else `datasets.Augment` takes, for the train split alone.
     """
 
     data: Mapping[str, Any]
@@ -90,7 +93,9 @@ class Experiment:
     loader: Loader
     evaluation: Annotated[Evaluator, Named(EVALUATIONS, "shapes")] = field(default_factory=ShapeEvaluator)
     splits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    weights: Mapping[str, Path] = field(default_factory=dict)
     prepare: Mapping[str, Any] | None = None
+    augment: Mapping[str, Any] | None = None
     initialize: Initialize | None = None
     seed: int = 0
 
@@ -104,6 +109,22 @@ class Experiment:
         if self.prepare is not None:
             maker, rest = choose(self.prepare, PREPARE, where="prepare")
             arguments(maker, rest, built=())
+        self.augmentation()
+
+    def augmentation(self) -> Augment | None:
+        """What the items of the train split pass through."""
+        if self.augment is None:
+            return None
+        steps = [build(step, AUGMENTATIONS, where=f"augment.steps[{i}]") for i, step in enumerate(self._steps())]
+        return construct(Augment, _without(self.augment, "steps"), where="augment", steps=steps)
+
+    def _steps(self) -> list[Any]:
+        steps = self.augment.get("steps") if self.augment is not None else None
+        if not isinstance(steps, list):
+            raise ConfigError(
+                f"augment needs steps, a list of names and arguments; choose from {sorted(AUGMENTATIONS)}"
+            )
+        return steps
 
     def prepare_data(self) -> None:
         """Make the data the configuration describes; what is complete already is left as it is."""
@@ -146,6 +167,33 @@ def build_parts(node: Any, table: Mapping[str, Callable[..., Any]], /, *, where:
     return build(_without(node, *parts), table, where=where, **parts, **given)
 
 
+def load_module(model: nn.Module, name: str, source: Path) -> None:
+    """Give the module `name` of `model` the weights of the same module in a run folder, or those in a file, in place.
+
+    Of a run it is the best checkpoint, else the newest. The classifier (`fc`, `classifier`) of a file of published
+    weights is left out where the module has none. Raises ValueError or OSError naming file and fault.
+    """
+    try:
+        module = model.get_submodule(name)
+    except AttributeError as error:
+        known = sorted(child for child, _ in model.named_children())
+        raise ConfigError(f"weights: the model has no module {name!r}; it has {known}") from error
+    own = {key.partition(".")[0] for key in module.state_dict()}
+
+    def without_classifier(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        left_out = {"fc", "classifier"} - own
+        return {key: value for key, value in state.items() if key.partition(".")[0] not in left_out}
+
+    path, prefix = source, ""
+    if source.is_dir():
+        folder = engine.best(source) or engine.latest(source)
+        if folder is None:
+            raise ConfigError(f"weights: {source} has no checkpoint: train it first, or give a file")
+        averaged = folder / "ema.safetensors"
+        path, prefix = averaged if averaged.exists() else folder / "model.safetensors", f"{name}."
+    load_weights(module, path, prefix=prefix, rename=without_classifier)
+
+
 @dataclass(frozen=True)
 class Run:
     """A run folder and the experiment in it."""
@@ -181,8 +229,9 @@ class Run:
         experiment = self.experiment
         with atomic_write(self.folder / "environment.json") as file:
             file.write(json.dumps(environment(), indent=2).encode() + b"\n")
+        dataset, augment = experiment.dataset("train"), experiment.augmentation()
         data = Data(
-            experiment.dataset("train"),
+            dataset if augment is None else Augmented(dataset, augment),
             experiment.loader.batch_size,
             collate,
             experiment.loader.num_workers,
@@ -190,21 +239,29 @@ class Run:
         model = experiment.build_model()
         if experiment.initialize is not None and engine.latest(self.folder) is None:
             experiment.initialize.load(model)
+        for name, source in experiment.weights.items():
+            load_module(model, name, source)
         given: dict[str, Any] = dict(zip(GIVEN_TO_TRAINER, (model, data, self.folder, experiment.seed)))
         trainer = construct(Trainer, experiment.trainer, where="trainer", **given)
         return trainer.fit(self._validation() if trainer.validation else None, resume=resume)
 
     def _validation(self) -> Callable[[nn.Module], dict[str, float]]:
-        """Means over the val split of what a model measures about itself."""
-        dataset = self.experiment.dataset("val")
+        """Means over the val split of what a model measures about itself; processes divide the batches."""
+        dataset, size = self.experiment.dataset("val"), self.experiment.evaluation.batch_size
 
         def validate(model: nn.Module) -> dict[str, float]:
             device = next(model.parameters()).device
-            sums: dict[str, float] = {}
-            for batch in self.experiment.batches(dataset, self.experiment.evaluation.batch_size):
-                for name, values in model.validation_metrics(to_device(batch, device)).items():  # type: ignore[operator]
-                    sums[name] = sums.get(name, 0.0) + float(values.sum())
-            return {name: total / len(dataset) for name, total in sums.items()}
+            indices: list[int] = []
+            measured: dict[str, list[Tensor]] = {}
+            for number in engine.share(-(-len(dataset) // size)):
+                mine = range(number * size, min((number + 1) * size, len(dataset)))
+                batch = to_device(collate([dataset[index] for index in mine]), device)
+                for name, values in model.validation_metrics(batch).items():  # type: ignore[operator]
+                    measured.setdefault(name, []).append(values)
+                indices += mine
+            values = {name: torch.cat(parts) for name, parts in measured.items()}
+            gathered = engine.gather_items(indices, values, len(dataset))
+            return {name: float(values.double().mean()) for name, values in gathered.items()}
 
         return validate
 

@@ -652,6 +652,18 @@ class Pointclouds(_Ragged):
         one = self[index]
         return one._points, one._normals, one._features
 
+    def inside_box(self, box: Float[Tensor, "2 3"] | Float[Tensor, "B 2 3"]) -> Bool[Tensor, " P"]:
+        """Whether each packed point is in its cloud's box of (low, high) corners, or in the one of all; borders count.
+
+        Raises ValueError for a box whose low corner is above its high one.
+        """
+        if box.shape not in ((2, 3), (1, 2, 3), (len(self), 2, 3)):
+            raise ValueError(f"box must be (2, 3) or ({len(self)}, 2, 3), got {tuple(box.shape)}")
+        low, high = box.expand(len(self), 2, 3)[_owner(self._num_points)].unbind(1)
+        if bool((box[..., 0, :] > box[..., 1, :]).any()):
+            raise ValueError(f"the low corner of a box must not be above its high one, got {box.tolist()}")
+        return ((self._points >= low) & (self._points <= high)).all(1)
+
     def get_bounding_boxes(self) -> Float[Tensor, "B 3 2"]:
         """Minimum and maximum of each cloud; (+inf, -inf) where it has no point."""
         owner = self.packed_to_cloud_idx()[:, None].expand(-1, 3)

@@ -37,6 +37,7 @@ class LeNet5(Backbone):
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):  # Glorot & Bengio 2010, for tanh
                 nn.init.xavier_uniform_(module.weight)
+                assert module.bias is not None
                 nn.init.zeros_(module.bias)
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> list[Tensor]:
@@ -71,7 +72,7 @@ class Convnet(Backbone):
             if isinstance(layer, nn.MaxPool2d):
                 self.channels.append(channels)
                 self.strides.append(stride)
-                stride *= layer.stride
+                stride *= int(layer.stride)  # type: ignore[arg-type]
             if isinstance(layer, nn.Conv2d):
                 channels, stride = layer.out_channels, stride * layer.stride[0]
         self.channels.append(channels)
@@ -127,12 +128,12 @@ def alexnet(num_classes: int | None = None, in_channels: int = 3, dropout: float
 
 def vgg(
     counts: Sequence[int], *, batch_norm: bool, num_classes: int | None = None, in_channels: int = 3,
-    dropout: float = 0.5,
+    dropout: float = 0.5, widths: Sequence[int] = (64, 128, 256, 512, 512),
 ) -> Convnet:  # fmt: skip
-    """Five stages of `counts[i]` 3x3 convolutions, each followed by max pooling; images of at least 32 pixels."""
+    """Stages of `counts[i]` 3x3 convolutions of `widths[i]`, each followed by max pooling; images from 32 pixels."""
     layers: list[nn.Module] = []
     inputs = in_channels
-    for count, width in zip(counts, (64, 128, 256, 512, 512), strict=True):
+    for count, width in zip(counts, widths, strict=True):
         for _ in range(count):
             layers.append(nn.Conv2d(inputs, width, 3, padding=1))
             layers += [nn.BatchNorm2d(width), nn.ReLU()] if batch_norm else [nn.ReLU()]
@@ -141,7 +142,7 @@ def vgg(
     classifier = None
     if num_classes is not None:
         classifier = nn.Sequential(
-            nn.Linear(512 * 7 * 7, 4096), nn.ReLU(), nn.Dropout(dropout),
+            nn.Linear(inputs * 7 * 7, 4096), nn.ReLU(), nn.Dropout(dropout),
             nn.Linear(4096, 4096), nn.ReLU(), nn.Dropout(dropout),
             nn.Linear(4096, num_classes),
         )  # fmt: skip

@@ -1,15 +1,37 @@
-"""Data: made (`PREPARE`), read (`DATASETS`), joined into batches (`collate`)."""
+"""Data: made (`PREPARE`), read (`DATASETS`), augmented, preprocessed, joined into batches (`collate`), mixed."""
 
 from collections.abc import Callable
 from typing import Any
 
+from vision3dgen.datasets.augment import AUGMENTATIONS as AUGMENTATIONS
+from vision3dgen.datasets.augment import Augment as Augment
+from vision3dgen.datasets.augment import Augmented as Augmented
 from vision3dgen.datasets.captions import CaptionedObject as CaptionedObject
 from vision3dgen.datasets.captions import Captions as Captions
 from vision3dgen.datasets.collate import collate as collate
+from vision3dgen.datasets.images import CIFAR10 as CIFAR10
+from vision3dgen.datasets.images import CIFAR100 as CIFAR100
+from vision3dgen.datasets.images import MNIST as MNIST
+from vision3dgen.datasets.images import Classification as Classification
+from vision3dgen.datasets.images import FashionMNIST as FashionMNIST
+from vision3dgen.datasets.images import ImageFolder as ImageFolder
+from vision3dgen.datasets.images import ImageList as ImageList
+from vision3dgen.datasets.images import read_idx as read_idx
+from vision3dgen.datasets.images import resize_crop as resize_crop
 from vision3dgen.datasets.manifest import SplitManifest as SplitManifest
+from vision3dgen.datasets.mixing import MIXINGS as MIXINGS
+from vision3dgen.datasets.mixing import CutMix as CutMix
+from vision3dgen.datasets.mixing import Cutout as Cutout
+from vision3dgen.datasets.mixing import Mixed as Mixed
+from vision3dgen.datasets.mixing import Mixup as Mixup
+from vision3dgen.datasets.mixing import OneOf as OneOf
 from vision3dgen.datasets.prepare import Prepared as Prepared
 from vision3dgen.datasets.prepare import prepare_meshes as prepare_meshes
 from vision3dgen.datasets.prepare import prepare_procedural as prepare_procedural
+from vision3dgen.datasets.preprocess import PCA as PCA
+from vision3dgen.datasets.preprocess import PREPROCESSING as PREPROCESSING
+from vision3dgen.datasets.preprocess import Normalize as Normalize
+from vision3dgen.datasets.preprocess import Whiten as Whiten
 from vision3dgen.datasets.procedural import CATEGORIES as CATEGORIES
 from vision3dgen.datasets.procedural import make_shape as make_shape
 from vision3dgen.datasets.scenes import make_scene as make_scene
@@ -19,7 +41,17 @@ from vision3dgen.datasets.shapenet import ShapeNet as ShapeNet
 from vision3dgen.datasets.vocabulary import TextLines as TextLines
 from vision3dgen.datasets.vocabulary import Vocabulary as Vocabulary
 
-DATASETS: dict[str, Callable[..., Any]] = {"shapenet": ShapeNet, "captions": Captions, "text": TextLines}
+DATASETS: dict[str, Callable[..., Any]] = {
+    "shapenet": ShapeNet,
+    "mnist": MNIST,
+    "fashion_mnist": FashionMNIST,
+    "cifar10": CIFAR10,
+    "cifar100": CIFAR100,
+    "image_folder": ImageFolder,
+    "image_list": ImageList,
+    "captions": Captions,
+    "text": TextLines,
+}
 PREPARE: dict[str, Callable[..., Any]] = {
     "procedural": prepare_procedural,
     "meshes": prepare_meshes,

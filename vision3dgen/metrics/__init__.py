@@ -21,6 +21,13 @@ from vision3dgen.metrics.language import perplexity as perplexity
 from vision3dgen.metrics.language import pointing as pointing
 from vision3dgen.metrics.protocols import PROTOCOLS as PROTOCOLS
 from vision3dgen.metrics.protocols import Protocol as Protocol
+from vision3dgen.metrics.recognition import ClassEvaluator as ClassEvaluator
+from vision3dgen.metrics.recognition import ClassScores as ClassScores
+from vision3dgen.metrics.recognition import confusion_matrix as confusion_matrix
+from vision3dgen.metrics.recognition import rank_of_label as rank_of_label
+from vision3dgen.metrics.recognition import summarize_classes as summarize_classes
+from vision3dgen.metrics.recognition import top_k_accuracy as top_k_accuracy
+from vision3dgen.metrics.recognition import wilson as wilson
 from vision3dgen.metrics.shape import ShapeScore as ShapeScore
 from vision3dgen.metrics.shape import SurfaceDistances as SurfaceDistances
 from vision3dgen.metrics.shape import chamfer as chamfer
@@ -33,6 +40,7 @@ from vision3dgen.metrics.shape import voxel_iou as voxel_iou
 
 EVALUATIONS: dict[str, type[Evaluator]] = {
     "shapes": ShapeEvaluator,
+    "classes": ClassEvaluator,
     "captions": CaptionEvaluator,
     "language": LanguageEvaluator,
 }

@@ -1,4 +1,4 @@
-"""Assemblies of backbones and heads, and the baselines they are held against."""
+"""Assemblies of backbones and heads, classifiers, and the baselines they are held against."""
 
 from torch import nn
 
@@ -13,6 +13,12 @@ from vision3dgen.models.decoders import RecurrentDecoder as RecurrentDecoder
 from vision3dgen.models.decoders import SequenceDecoder as SequenceDecoder
 from vision3dgen.models.decoders import TransformerDecoder as TransformerDecoder
 from vision3dgen.models.language import MaskedLanguageModel as MaskedLanguageModel
+from vision3dgen.models.recognition import Classifier as Classifier
+from vision3dgen.models.recognition import FullyConnected as FullyConnected
+from vision3dgen.models.recognition import LinearClassifier as LinearClassifier
+from vision3dgen.models.recognition import NearestNeighbors as NearestNeighbors
+from vision3dgen.models.recognition import Neighbors as Neighbors
+from vision3dgen.models.recognition import Recognition as Recognition
 from vision3dgen.models.search import beam_search as beam_search
 from vision3dgen.models.single_view import IMAGENET_MEAN as IMAGENET_MEAN
 from vision3dgen.models.single_view import IMAGENET_STD as IMAGENET_STD
@@ -22,4 +28,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "single_view": SingleView,
     "captioning": Captioner,
     "masked_language": MaskedLanguageModel,
+    "linear_classifier": LinearClassifier,
+    "fully_connected": FullyConnected,
+    "classifier": Classifier,
 }

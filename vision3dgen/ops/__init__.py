@@ -1,4 +1,5 @@
 from vision3dgen.ops.backends import use_backend as use_backend
+from vision3dgen.ops.boxes import box3d_overlap as box3d_overlap
 from vision3dgen.ops.inside import contains as contains
 from vision3dgen.ops.inside import nearest_faces as nearest_faces
 from vision3dgen.ops.inside import point_triangle_distance as point_triangle_distance

@@ -8,6 +8,7 @@ NaN, infinity and bad lengths are ValueErrors (not checked under `torch.compile`
 """
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -195,11 +196,21 @@ def _tree_search(
     counts2 = [p2.shape[1]] * batch if lengths2 is None else lengths2.tolist()
     x, y = p1.detach().double().numpy(), p2.detach().double().numpy()
     idx = np.zeros((batch, queries, K), dtype=np.int64)
-    for b, (n, m) in enumerate(zip(counts1, counts2)):
+    threads = torch.get_num_threads()
+
+    def search(b: int, workers: int) -> None:
+        n, m = counts1[b], counts2[b]
         if n and m:
             k = min(K, m)
-            found = build_tree(y[b, :m]).query(x[b, :n], k=k, p=norm, workers=torch.get_num_threads())[1]
+            found = build_tree(y[b, :m]).query(x[b, :n], k=k, p=norm, workers=workers)[1]
             idx[b, :n, :k] = found.reshape(n, k)
+
+    if 1 < threads <= batch:  # whole clouds side by side: building a tree takes one thread
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(functools.partial(search, workers=1), range(batch)))
+    else:
+        for b in range(batch):
+            search(b, threads)
     return torch.from_numpy(idx)
 
 
@@ -445,6 +456,11 @@ def packed_to_padded(
     counts = torch.diff(first_idxs, append=first_idxs.new_tensor([len(inputs)]))
     if len(inputs) == 0:
         return inputs.new_zeros(len(first_idxs), max_size, *inputs.shape[1:]) + inputs.sum()
+    if inputs.device.type == "cpu" and not torch.compiler.is_compiling() and len(first_idxs):
+        members = [rows[:max_size] for rows in inputs[int(first_idxs[0]) :].split(counts.tolist())]
+        padded = torch.nn.utils.rnn.pad_sequence(members, batch_first=True)
+        missing = max_size - padded.shape[1]
+        return F.pad(padded, (0, 0) * (inputs.ndim - 1) + (0, missing)) if missing else padded
     mask = within(counts, max_size)
     rows = (first_idxs[:, None] + torch.arange(max_size, device=inputs.device)).where(mask, 0)
     return inputs[rows].where(mask.view(*mask.shape, *[1] * (inputs.ndim - 1)), 0)
