@@ -2,7 +2,8 @@
 
     python benchmarks/captioning.py --out runs/captioning
 
-Makes the scenes, pretrains a masked language model, trains four captioners (CNN + LSTM, with soft attention, with a
+Makes the scenes, trains a backbone to recognize single objects, pretrains a masked language model, trains four
+captioners from that backbone (CNN + LSTM, with soft attention, with a
 transformer decoder, and that started from the language model), and scores them on the test split, whose scenes no model
 has seen, with greedy and with beam search. Two baselines show what BLEU is worth here: a caption of another training
 image at random, and that of the training image with the nearest pixels. Leaves in the output folder: table.md,
@@ -35,6 +36,7 @@ from vision3dgen.metrics import Bleu, Caption, Pointing, bleu, pointing
 from vision3dgen.viz import attention_gallery, curves, gallery
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+OBJECTS = "recognition_objects_scenes"
 LANGUAGE = "language_masked_scenes"
 CAPTIONERS = {
     "CNN + LSTM": "captioning_lstm_scenes",
@@ -71,12 +73,15 @@ def main() -> int:
         seconds[name] = time.perf_counter() - began
         return run
 
+    objects = train(OBJECTS)
+    console.print(Markdown(objects.evaluate("classes").to_markdown()))
     language = train(LANGUAGE)
     console.print(Markdown(language.evaluate("perplexity").to_markdown()))
-    pretrained = f"initialize.run={language.folder}"
-    runs = {
-        name: train(config, *([pretrained] if "pretrained" in config else [])) for name, config in CAPTIONERS.items()
-    }
+    runs = {}
+    for name, config in CAPTIONERS.items():
+        given = [f"weights.backbone={objects.folder}"]
+        given += [f"initialize.run={language.folder}"] if "pretrained" in config else []
+        runs[name] = train(config, *given)
     began = time.perf_counter()
     rows = baselines(next(iter(runs.values())))
     for name, run in runs.items():

@@ -25,6 +25,7 @@ from vision3dgen.datasets.mixing import Cutout as Cutout
 from vision3dgen.datasets.mixing import Mixed as Mixed
 from vision3dgen.datasets.mixing import Mixup as Mixup
 from vision3dgen.datasets.mixing import OneOf as OneOf
+from vision3dgen.datasets.objects import SceneObjects as SceneObjects
 from vision3dgen.datasets.prepare import Prepared as Prepared
 from vision3dgen.datasets.prepare import prepare_meshes as prepare_meshes
 from vision3dgen.datasets.prepare import prepare_procedural as prepare_procedural
@@ -50,6 +51,7 @@ DATASETS: dict[str, Callable[..., Any]] = {
     "image_folder": ImageFolder,
     "image_list": ImageList,
     "captions": Captions,
+    "scene_objects": SceneObjects,
     "text": TextLines,
 }
 PREPARE: dict[str, Callable[..., Any]] = {

@@ -197,15 +197,15 @@ class Captions(torch.utils.data.Dataset[dict[str, Any]]):
         smaller = interpolate(pixels[None].float(), (size, size), mode="bilinear", antialias=True)[0]
         return smaller.round().clamp(0, 255).to(torch.uint8)
 
-    def _size(self, index: int) -> tuple[int, int]:
-        """(H, W) of the picture as it lies on the disk."""
+    def image_shape(self, index: int) -> tuple[int, int]:
+        """(H, W) of a picture as it lies on the disk."""
         size = self.lines[index].get("camera", {}).get("image_size")
         if size is None:
             size = read_image(self._path(index, "image"), mode="RGB").shape[:2]
         return int(size[0]), int(size[1])
 
     def _objects(self, index: int) -> list[CaptionedObject]:
-        height, width = self._size(index)
+        height, width = self.image_shape(index)
         scale = torch.ones(4)
         if self.image_size is not None:
             scale = torch.tensor([self.image_size / width, self.image_size / height]).repeat(2)
@@ -221,7 +221,7 @@ class Captions(torch.utils.data.Dataset[dict[str, Any]]):
         rotation, translation, intrinsics = (
             torch.tensor(found[key], dtype=torch.float64) for key in ("rotation", "translation", "intrinsics")
         )
-        camera = Camera(rotation, translation, intrinsics, self._size(index))
+        camera = Camera(rotation, translation, intrinsics, self.image_shape(index))
         return camera if self.image_size is None else camera.resize((self.image_size, self.image_size))
 
 
