@@ -489,7 +489,9 @@ def data(tmp_path_factory):
 
 def run_tiny(name, data, out, *overrides):
     path = str(CONFIGS / f"{name}.yaml")
-    return cli.main(["train", path, "--preset", "tiny", "--out", str(out), f"prepare.root={data}", *overrides])
+    arguments = ["train", path, "--preset", "tiny", "--out", str(out), f"prepare.root={data}", *overrides]
+    captions = name.startswith("captioning") and not any(text.startswith("weights") for text in overrides)
+    return cli.main([*arguments, "weights={}"] if captions else arguments)
 
 
 @pytest.mark.slow
@@ -528,6 +530,19 @@ def test_pretraining_then_captioning(data, tmp_path, capsys):
         out = tmp_path / override.partition("=")[0]
         assert run_tiny("captioning_pretrained_scenes", data, out, given, override) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_backbone_may_start_from_one_that_recognizes_objects(data, tmp_path, capsys):
+    assert run_tiny("recognition_objects_scenes", data, tmp_path / "objects") == 0
+    assert cli.main(["evaluate", str(tmp_path / "objects"), "--device", "cpu"]) == 0
+    given = (f"weights.backbone={tmp_path / 'objects'}", "trainer.optimizer={name: sgd, lr: 1e-9}")
+    assert run_tiny("captioning_attention_scenes", data, tmp_path / "captions", *given) == 0
+    source, captioner = (Run.open(tmp_path / name).model() for name in ("objects", "captions"))
+    torch.testing.assert_close(captioner.backbone.conv1.weight, source.backbone.conv1.weight)
+    given = f"weights.backbone={tmp_path / 'nothing'}"
+    assert run_tiny("captioning_attention_scenes", data, tmp_path / "other", given) == 2
+    assert "nothing" in capsys.readouterr().err
 
 
 def test_configurations_name_what_a_decoder_does_not_take(tmp_path, capsys):

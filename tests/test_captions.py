@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vision3dgen.datasets import Captions, TextLines, Vocabulary, collate, prepare_scenes
+from vision3dgen.datasets import Captions, SceneObjects, TextLines, Vocabulary, collate, prepare_scenes
 from vision3dgen.datasets.manifest import SPLITS, SplitManifest
 from vision3dgen.datasets.vocabulary import mask_tokens
 from vision3dgen.io import write_png
@@ -156,6 +156,25 @@ def test_mirror_images_are_told_apart(scenes):
     assert 5 < turned < 19
     with pytest.raises(ValueError, match=r"the fields \['objects'\] were asked for too"):
         Captions(str(scenes), "all", mirror=True, fields=("image", "objects"))
+
+
+def test_objects_are_cut_out_of_scenes(scenes):
+    data = SceneObjects(str(scenes), "all", size=30)
+    whole = Captions(str(scenes), "all", fields=("image", "objects"))
+    assert len(data) == sum(len(whole[i]["objects"]) for i in range(6))
+    assert len({item["id"] for item in data}) == len(data)
+    for item in (data[i] for i in range(len(data))):
+        scene, number = item["id"].split("/")
+        source = whole[int(scene)]
+        one = source["objects"][int(number)]
+        assert data.classes[item["label"]] == item["category"] == one.category
+        x, y = (int(min(max(float(v), 0), 18)) for v in (one.box[:2] + one.box[2:] - 30) / 2)
+        assert torch.equal(item["image"], source["image"][:, y : y + 30, x : x + 30])
+        if max(one.box[2:] - one.box[:2]) <= 29:  # it fits the window: the object is all there
+            assert x <= one.box[0]
+            assert x + 30 >= one.box[2]
+    with pytest.raises(ValueError, match=r"scenes.jsonl: size must be from 1 to 48, .* got 49"):
+        SceneObjects(str(scenes), "all", size=49)
 
 
 def write(root, lines, words=("a", "red", "car"), images=("0.png", "1.png")):
