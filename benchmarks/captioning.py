@@ -5,9 +5,9 @@
 Makes the scenes, trains a backbone to recognize single objects, pretrains a masked language model, trains four
 captioners from that backbone (CNN + LSTM, with soft attention, with a transformer decoder, and that started from the
 language model), and scores them on the test split, whose scenes no model has seen, with greedy and with beam search.
-Two baselines show what BLEU is worth here: a caption of a training image at random, and that of the training image with
-the nearest pixels. Leaves in the output folder: table.md, table.jsonl, attention_NAME.png, curves.png, scenes.png, and one
-run folder per model. Interrupted, it goes on where it was.
+Two baselines show what BLEU is worth here: a caption of a training image at random, and that of the training image
+with the nearest pixels. Leaves in the output folder: table.md, table.jsonl, attention_NAME.png, curves.png,
+scenes.png, and one run folder per model. Interrupted, it goes on where it was.
 """
 
 import argparse
