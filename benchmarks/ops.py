@@ -11,6 +11,7 @@ table.md, ops.jsonl, scaling.png and, with --meshes, inside.md in the output fol
 """
 
 import argparse
+import ctypes
 import functools
 import gc
 import importlib.util
@@ -148,9 +149,10 @@ def peak(run: Run, device: torch.device) -> float | None:
         torch.cuda.synchronize(device)
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     switch = Path("/proc/self/clear_refs")
-    if not switch.exists():
+    if not switch.exists() or not hasattr(ctypes.CDLL(None), "malloc_trim"):
         run()
         return None
+    ctypes.CDLL(None).malloc_trim(0)  # else what earlier calls freed would be used again, and not be seen
     switch.write_text("5")  # Linux: forget the highest resident size so far
     before = resident("VmRSS")
     run()
