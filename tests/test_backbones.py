@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tests.published import OUTPUTS, filled, layout, shapes_of, uniform
+from tests.test_docs import ROOT, python_blocks
 from vision3dgen.backbones import (
     BACKBONES,
     FPN,
@@ -399,3 +400,13 @@ def test_self_attention_between_stages_starts_as_the_published_network(tmp_path)
     assert not torch.allclose(network.logits(x), trunk.logits(x))
     with pytest.raises(ValueError, match="from 1 to 4, got 5"):
         BACKBONES["resnet18_attention"](stage=5)
+
+
+@pytest.mark.parametrize("index, block", list(enumerate(python_blocks(ROOT / "docs" / "backbones.md"))))
+def test_the_examples_of_the_page_run_and_print_what_it_says(index, block, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(index)
+    exec(compile(block, f"docs/backbones.md, example {index}", "exec"), {})
+    page = (ROOT / "docs" / "backbones.md").read_text()
+    printed = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("step ")]  # the trainer's
+    assert [line for line in printed if f"\n{line}\n" not in page] == []
