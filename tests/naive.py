@@ -330,3 +330,40 @@ def attention(query, key, value, mask, causal, scale):
                 weights[b, i, j] = weight / sum(scores.values())
                 out[b, i] += weights[b, i, j] * value[b, j]
     return out, weights
+
+
+def nearest_neighbors(train, labels, queries, k, metric, classes):
+    """Predicted classes and neighbor indices by loops over pixels; ties as documented."""
+    predicted, neighbors = [], []
+    for query in queries.flatten(1).tolist():
+        distances = []
+        for row in train.flatten(1).tolist():
+            if metric == "l1":
+                distance = sum(abs(a - b) for a, b in zip(query, row))
+            elif metric == "l2":
+                distance = math.sqrt(sum((a - b) ** 2 for a, b in zip(query, row)))
+            else:
+                dot = sum(a * b for a, b in zip(query, row))
+                distance = 1 - dot / math.sqrt(sum(a * a for a in query)) / math.sqrt(sum(b * b for b in row))
+            distances.append(round(distance, 9))
+        order = sorted(range(len(train)), key=lambda index: (distances[index], index))[:k]
+        votes = [[int(labels[index]) for index in order].count(label) for label in range(classes)]
+        tied = [label for label in range(classes) if votes[label] == max(votes)]
+        predicted.append(next(int(labels[index]) for index in order if int(labels[index]) in tied))
+        neighbors.append(order)
+    return predicted, neighbors
+
+
+def hinge(scores, labels, margin):
+    """Weston and Watkins' loss of each item and the gradient of their sum, from the formula."""
+    losses, gradient = [], torch.zeros_like(scores)
+    for i, (row, label) in enumerate(zip(scores.tolist(), labels.tolist())):
+        total = 0.0
+        for j, score in enumerate(row):
+            violation = score - row[label] + margin
+            if j != label and violation > 0:
+                total += violation
+                gradient[i, j] += 1
+                gradient[i, label] -= 1
+        losses.append(total)
+    return torch.tensor(losses, dtype=scores.dtype), gradient

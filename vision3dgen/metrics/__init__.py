@@ -1,10 +1,22 @@
+"""Protocols, scores of single predictions, and the evaluation of a run (`EVALUATIONS`)."""
+
 from vision3dgen.metrics.evaluation import Prediction as Prediction
 from vision3dgen.metrics.evaluation import Summary as Summary
 from vision3dgen.metrics.evaluation import evaluate as evaluate
 from vision3dgen.metrics.evaluation import read_results as read_results
 from vision3dgen.metrics.evaluation import summarize as summarize
+from vision3dgen.metrics.evaluator import Evaluator as Evaluator
+from vision3dgen.metrics.evaluator import Scores as Scores
+from vision3dgen.metrics.evaluator import ShapeEvaluator as ShapeEvaluator
 from vision3dgen.metrics.protocols import PROTOCOLS as PROTOCOLS
 from vision3dgen.metrics.protocols import Protocol as Protocol
+from vision3dgen.metrics.recognition import ClassEvaluator as ClassEvaluator
+from vision3dgen.metrics.recognition import ClassScores as ClassScores
+from vision3dgen.metrics.recognition import confusion_matrix as confusion_matrix
+from vision3dgen.metrics.recognition import rank_of_label as rank_of_label
+from vision3dgen.metrics.recognition import summarize_classes as summarize_classes
+from vision3dgen.metrics.recognition import top_k_accuracy as top_k_accuracy
+from vision3dgen.metrics.recognition import wilson as wilson
 from vision3dgen.metrics.shape import ShapeScore as ShapeScore
 from vision3dgen.metrics.shape import SurfaceDistances as SurfaceDistances
 from vision3dgen.metrics.shape import chamfer as chamfer
@@ -14,3 +26,5 @@ from vision3dgen.metrics.shape import point_iou as point_iou
 from vision3dgen.metrics.shape import score_shape as score_shape
 from vision3dgen.metrics.shape import surface_distances as surface_distances
 from vision3dgen.metrics.shape import voxel_iou as voxel_iou
+
+EVALUATIONS: dict[str, type[Evaluator]] = {"shapes": ShapeEvaluator, "classes": ClassEvaluator}

@@ -270,7 +270,7 @@ def curves(
         axis.set_title(key)
         axis.set_xlabel("step")
     _legend(figure, axes)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def threshold_curve(
@@ -299,7 +299,7 @@ def threshold_curve(
     for axis, title in zip(axes, ("Precision", "Recall", "F1")):
         axis.set(title=title, xlabel=label, ylim=(-0.02, 1.02))
     _legend(figure, axes)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -310,15 +310,20 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return (total[stop] - total[start]) / (stop - start)
 
 
-def _figure(panels: int) -> tuple[Any, list[Any]]:
-    """A figure without a window and its axes, at most four in a row."""
+def empty_figure(width: float, height: float) -> Any:
+    """A matplotlib figure of so many inches, without a window."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('curves need matplotlib: pip install "vision3dgen[viz]"') from error
+        raise ImportError('figures need matplotlib: pip install "vision3dgen[viz]"') from error
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def _figure(panels: int) -> tuple[Any, list[Any]]:
+    """A figure without a window and its axes, at most four in a row."""
     columns = min(panels, 4)
     rows = math.ceil(panels / columns)
-    figure = Figure(figsize=(3.4 * columns, 2.7 * rows), dpi=150, layout="constrained")
+    figure = empty_figure(3.4 * columns, 2.7 * rows)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes[panels:]:
         axis.remove()
@@ -337,7 +342,8 @@ def _legend(figure: Any, axes: Sequence[Any]) -> None:
     figure.legend(lines.values(), lines, loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
 
 
-def _save(figure: Any, path: PathLike) -> None:
+def save_figure(figure: Any, path: PathLike) -> None:
+    """Write a matplotlib figure as PNG, PDF or SVG, atomically."""
     suffix = Path(path).suffix.lower().lstrip(".") or "png"
     if suffix not in ("png", "pdf", "svg"):
         raise ValueError(f"{path}: figures are written as .png, .pdf or .svg, not .{suffix}")
