@@ -4,6 +4,17 @@ from vision3dgen.engine.checkpoint import CheckpointError as CheckpointError
 from vision3dgen.engine.checkpoint import best as best
 from vision3dgen.engine.checkpoint import latest as latest
 from vision3dgen.engine.checkpoint import load_weights as load_weights
+from vision3dgen.engine.diagnose import Memory as Memory
+from vision3dgen.engine.diagnose import Overfit as Overfit
+from vision3dgen.engine.diagnose import RangeTest as RangeTest
+from vision3dgen.engine.diagnose import initial_losses as initial_losses
+from vision3dgen.engine.diagnose import loading_rate as loading_rate
+from vision3dgen.engine.diagnose import memory as memory
+from vision3dgen.engine.diagnose import overfit as overfit
+from vision3dgen.engine.diagnose import peak_bytes as peak_bytes
+from vision3dgen.engine.diagnose import range_test as range_test
+from vision3dgen.engine.diagnose import restored as restored
+from vision3dgen.engine.diagnose import step_rate as step_rate
 from vision3dgen.engine.loading import Data as Data
 from vision3dgen.engine.loading import ShuffleSampler as ShuffleSampler
 from vision3dgen.engine.loading import to_device as to_device
