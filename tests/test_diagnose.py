@@ -27,6 +27,7 @@ from vision3dgen.engine import (
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    torch.manual_seed(0)
 
 
 class Plane(nn.Module):
@@ -82,7 +83,6 @@ def batch(size: int = 7) -> dict[str, Tensor]:
 
 
 def trainer(model: nn.Module, run: Path, **settings: Any) -> Trainer:
-    torch.manual_seed(0)
     given: dict[str, Any] = {"optimizer": Optimizer("adam", lr=0.02), "steps": 50} | settings
     return Trainer(model, Data(items(), 7), run, **given)
 
