@@ -10,8 +10,8 @@ from vision3dgen import __version__
 
 # Modules are imported in the functions: `vision3dgen --help` must not wait for torch.
 
-EXIT_CODES = """exit codes: 0 done; 1 some items were rejected or failed (they are listed); 2 bad arguments,
-configuration or input; 128 + N stopped by signal N after saving a checkpoint"""
+EXIT_CODES = """exit codes: 0 done; 1 some items were rejected or failed, or doctor found faults (they are listed);
+2 bad arguments, configuration or input; 128 + N stopped by signal N after saving a checkpoint"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,6 +84,24 @@ def _parser() -> argparse.ArgumentParser:
     view.add_argument("--items", type=int, default=8, help="test items to show (default: 8)")
     view.add_argument("--out", type=Path, help="where pictures go without a display (default: RUN/view)")
     _device(view)
+
+    doctor = _command(
+        commands, "doctor", _doctor, "check the machine, a data folder, or an experiment before it runs",
+        "vision3dgen doctor configs/X.yaml --preset tiny --out runs/doctor",
+    )  # fmt: skip
+    doctor.add_argument(
+        "subject",
+        type=Path,
+        nargs="?",
+        metavar="CONFIG_OR_FOLDER",
+        help="YAML file or data folder (default: the machine)",
+    )
+    _overridden(doctor)
+    doctor.add_argument(
+        "--steps", type=int, default=100, help="updates of overfitting and of the range test (default: 100)"
+    )
+    doctor.add_argument("--out", type=Path, help="folder for doctor.json, and doctor.png of an experiment")
+    _device(doctor)
     return parser
 
 
@@ -101,6 +119,10 @@ def _command(commands: Any, name: str, run: Any, summary: str, example: str) -> 
 
 def _configured(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
+    _overridden(parser)
+
+
+def _overridden(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace the file's")
     parser.add_argument("--preset", help="a named set of overrides in the file, such as tiny")
 
@@ -186,6 +208,26 @@ def _view(options: argparse.Namespace) -> int:
     )
     print(shown)
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from vision3dgen import doctor
+    from vision3dgen.config import construct, load
+    from vision3dgen.experiment import Experiment
+
+    if options.subject is None:
+        findings = doctor.examine_environment()
+    elif options.subject.is_dir():
+        findings = doctor.examine_folder(options.subject)
+    else:
+        experiment = construct(Experiment, load(options.subject, options.overrides, preset=options.preset))
+        experiment.check()
+        findings = doctor.examine_experiment(experiment, options.out, device=options.device, steps=options.steps)
+    doctor.print_findings(findings)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        doctor.write_findings(findings, options.out / "doctor.json")
+    return 0 if doctor.is_sound(findings) else 1
 
 
 if __name__ == "__main__":

@@ -250,7 +250,7 @@ def curves(
     missing = [key for key in chosen if key not in found]
     if missing or not chosen:
         raise ValueError(f"no curve for {missing or 'any loss or val/ key'}; the records have {sorted(found)}")
-    figure, axes = _figure(len(chosen))
+    figure, axes = figure_of(len(chosen))
     for axis, key in zip(axes, chosen):
         smallest, largest = math.inf, -math.inf
         for index, (name, entries) in enumerate(records.items()):
@@ -270,7 +270,7 @@ def curves(
         axis.set_title(key)
         axis.set_xlabel("step")
     _legend(figure, axes)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def threshold_curve(
@@ -285,7 +285,7 @@ def threshold_curve(
     thresholds (T,); scores: (precision (T,), recall (T,)) by name, each in [0, 1].
     """
     x = np.asarray(thresholds, dtype=float)
-    figure, axes = _figure(3)
+    figure, axes = figure_of(3)
     for index, (name, pair) in enumerate(scores.items()):
         precision, recall = (np.asarray(values, dtype=float) for values in pair)
         if precision.shape != x.shape or recall.shape != x.shape:
@@ -299,7 +299,7 @@ def threshold_curve(
     for axis, title in zip(axes, ("Precision", "Recall", "F1")):
         axis.set(title=title, xlabel=label, ylim=(-0.02, 1.02))
     _legend(figure, axes)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -310,12 +310,12 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return (total[stop] - total[start]) / (stop - start)
 
 
-def _figure(panels: int) -> tuple[Any, list[Any]]:
+def figure_of(panels: int) -> tuple[Any, list[Any]]:
     """A figure without a window and its axes, at most four in a row."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('curves need matplotlib: pip install "vision3dgen[viz]"') from error
+        raise ImportError('figures need matplotlib: pip install "vision3dgen[viz]"') from error
     columns = min(panels, 4)
     rows = math.ceil(panels / columns)
     figure = Figure(figsize=(3.4 * columns, 2.7 * rows), dpi=150, layout="constrained")
@@ -337,7 +337,8 @@ def _legend(figure: Any, axes: Sequence[Any]) -> None:
     figure.legend(lines.values(), lines, loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
 
 
-def _save(figure: Any, path: PathLike) -> None:
+def save_figure(figure: Any, path: PathLike) -> None:
+    """Write a figure as PNG, PDF or SVG, by the path's suffix, atomically."""
     suffix = Path(path).suffix.lower().lstrip(".") or "png"
     if suffix not in ("png", "pdf", "svg"):
         raise ValueError(f"{path}: figures are written as .png, .pdf or .svg, not .{suffix}")
