@@ -246,3 +246,29 @@ def overlaps(triangle, low, high):
                     clipped.append([p + t * (q - p) for p, q in zip(start, end)])
             polygon = clipped
     return len(polygon) > 0
+
+
+def attention(query, key, value, mask, causal, scale):
+    """Output and weights of attention, one query at a time; query i of T sees keys up to i + S - T of S."""
+    out = torch.zeros(*query.shape[:-1], value.shape[-1], dtype=query.dtype)
+    weights = torch.zeros(*query.shape[:-1], key.shape[-2], dtype=query.dtype)
+    for b in range(query.shape[0]):
+        for i in range(query.shape[1]):
+            scores = {}
+            for j in range(key.shape[1]):
+                score = scale * sum(float(query[b, i, d]) * float(key[b, j, d]) for d in range(query.shape[2]))
+                if causal and j > i + key.shape[1] - query.shape[1]:
+                    continue
+                if mask is not None:
+                    entry = (mask[b] if mask.ndim == 3 else mask)[i, j]
+                    if mask.dtype == torch.bool:
+                        if not entry:
+                            continue
+                    else:
+                        score += float(entry)
+                if score > -math.inf:
+                    scores[j] = math.exp(score)
+            for j, weight in scores.items():
+                weights[b, i, j] = weight / sum(scores.values())
+                out[b, i] += weights[b, i, j] * value[b, j]
+    return out, weights

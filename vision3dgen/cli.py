@@ -153,10 +153,10 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     run = Run.open(options.run_folder)
     failed = 0
-    for protocol in options.protocol or run.experiment.evaluation.protocols:
-        summary = run.evaluate(protocol, split=options.split, device=_chosen(options.device))
-        print(summary.to_markdown())
-        failed += summary.n_failed
+    for name in options.protocol or run.experiment.evaluation.names:
+        scores = run.evaluate(name, split=options.split, device=_chosen(options.device))
+        print(scores.to_markdown())
+        failed += scores.to_dict().get("n_failed", 0)
     return 1 if failed else 0
 
 

@@ -42,6 +42,17 @@ class Config(dict[str, Any]):
         return Config, (dict(self), self.source, self.sources, self.key)
 
 
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """Marks a parameter whose mapping chooses its class by `name`: `Annotated[Animal, Named(ANIMALS, "cat")]`.
+
+    A mapping without a name means the default.
+    """
+
+    table: Mapping[str, Callable[..., Any]]
+    default: str
+
+
 # --------------------------------------------------------------------------------------------------------- YAML
 
 
@@ -294,7 +305,8 @@ def choose(
 def construct(target: Callable[..., Any], node: Any, /, *, where: str = "", called: str = "", **built: Any) -> Any:
     """Call `target` with the values of `node`, checked against its signature, and with `built`.
 
-    Values of a parameter annotated with a dataclass or named tuple are constructed in turn from their mapping. int is
+    Values of a parameter annotated with a dataclass or named tuple are constructed in turn from their mapping, those
+    marked with `Named` from the class their mapping names. int is
     accepted where float is expected, bool never for a number; lists become tuples where the annotation says so.
     `called` is what the messages call the target. Raises as `build` does.
     """
@@ -354,6 +366,10 @@ def _convert(value: Any, annotation: Any, key: str, source: str) -> Any:
     if annotation in (Any, object, inspect.Parameter.empty) or isinstance(annotation, str):
         return value  # nothing to check against (a string is a name known only to type checkers)
     if origin is Annotated:
+        for mark in arguments[1:]:
+            if isinstance(mark, Named) and isinstance(value, Mapping):
+                node = value if isinstance(value, Config) else Config(value, source, {}, key)
+                return build(Config({"name": mark.default, **node}, node.source, node.sources, node.key), mark.table)
         return _convert(value, arguments[0], key, source)
     if origin is Literal:
         if any(value == choice and type(value) is type(choice) for choice in arguments):

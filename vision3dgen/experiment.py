@@ -4,9 +4,10 @@ RUN/config.yaml          the resolved configuration; `Run.open` needs nothing el
 RUN/environment.json     versions, device and command of the last start
 RUN/metrics.jsonl        losses and validation metrics by step
 RUN/checkpoints/         newest and best
-RUN/evaluation/          PROTOCOL_SPLIT.jsonl (a line per item) and PROTOCOL_SPLIT.json (the summary)
+RUN/evaluation/          NAME_SPLIT.jsonl (a line per item) and NAME_SPLIT.json (the summary)
 """
 
+import inspect
 import json
 import os
 import platform
@@ -15,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -24,17 +25,22 @@ from torch.nn.functional import interpolate
 
 from vision3dgen import __version__, engine
 from vision3dgen.backbones import BACKBONES
-from vision3dgen.config import Config, ConfigError, arguments, build, choose, construct, load, save
+from vision3dgen.config import Config, ConfigError, Named, arguments, build, choose, construct, load, save
 from vision3dgen.datasets import CATEGORIES, DATASETS, PREPARE, collate
 from vision3dgen.engine import Data, Trainer, to_device
 from vision3dgen.files import atomic_write
 from vision3dgen.heads import HEADS
 from vision3dgen.io import read_image, save_mesh
-from vision3dgen.metrics import PROTOCOLS, Prediction, Summary, evaluate
+from vision3dgen.metrics import EVALUATIONS, Evaluator, Prediction, Scores, ShapeEvaluator
 from vision3dgen.models import MODELS
 from vision3dgen.structures import Frame
 from vision3dgen.viz import Sample, Shown, show
 
+PARTS: dict[str, Mapping[str, Callable[..., Any]]] = {  # sections of a model that are built first, in this order
+    "trunk": BACKBONES,
+    "backbone": BACKBONES,
+    "head": HEADS,
+}
 GIVEN_TO_TRAINER = ("model", "data", "run_dir", "seed")  # what the experiment passes beside the configuration
 
 
@@ -47,26 +53,12 @@ class Loader:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Under which protocols, on which split and how often a run is scored; more `repeats` give the spread."""
-
-    protocols: list[str] = field(default_factory=lambda: ["default"])
-    split: str = "test"
-    repeats: int = 2
-    batch_size: int = 8
-
-    def __post_init__(self) -> None:
-        for name in self.protocols:
-            if name not in PROTOCOLS:
-                raise ValueError(f"unknown protocol {name!r}; choose from {sorted(PROTOCOLS)}")
-
-
-@dataclass(frozen=True)
 class Experiment:
     """The top level of a configuration.
 
     data: a dataset by name and its arguments, without the split. splits: arguments that differ for train, val or test.
-    model: a model by name, its `backbone` and its `head`. trainer: arguments of `engine.Trainer`.
+    model: a model by name and its arguments; those named in `PARTS` (a `backbone`, a `head`) are objects by name too.
+    trainer: arguments of `engine.Trainer`. evaluation: one of `EVALUATIONS` by name and its arguments, else shapes.
     prepare: data to make first, by name and arguments, unless it is there.
     """
 
@@ -74,7 +66,7 @@ class Experiment:
     model: Mapping[str, Any]
     trainer: Mapping[str, Any]
     loader: Loader
-    evaluation: Evaluation = field(default_factory=Evaluation)
+    evaluation: Annotated[Evaluator, Named(EVALUATIONS, "shapes")] = field(default_factory=ShapeEvaluator)
     splits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     prepare: Mapping[str, Any] | None = None
     seed: int = 0
@@ -104,15 +96,31 @@ class Experiment:
     def build_model(self) -> nn.Module:
         """The untrained model; the same weights for the same seed."""
         engine.seed_all(self.seed)
-        backbone = build(_section(self.model, "backbone"), BACKBONES)
-        head = build(_section(self.model, "head"), HEADS, channels=backbone.channels)
-        return build(_without(self.model, "backbone", "head"), MODELS, backbone=backbone, head=head)
+        return build_parts(self.model, MODELS, where="model")
 
     @staticmethod
     def batches(dataset: Any, batch_size: int) -> Iterator[dict[str, Any]]:
         """All items of a dataset, in order."""
         for start in range(0, len(dataset), batch_size):
             yield collate([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
+
+
+def build_parts(node: Any, table: Mapping[str, Callable[..., Any]], /, *, where: str = "", **given: Any) -> Any:
+    """`config.build`, after the sections of `node` that `PARTS` names, which are built and passed in the same way.
+
+    The parts beside a `backbone` whose constructors take `channels` are given the backbone's.
+    """
+    target, rest = choose(node, table, where=where)
+    parts: dict[str, Any] = {}
+    for key, choices in PARTS.items():
+        if rest.get(key) is None or key not in inspect.signature(target).parameters:
+            continue
+        inside = f"{where}.{key}" if where else key
+        part, _ = choose(rest[key], choices, where=inside)
+        wants = "backbone" in parts and "channels" in inspect.signature(part).parameters
+        own = {"channels": parts["backbone"].channels} if wants else {}
+        parts[key] = build_parts(rest[key], choices, where=inside, **own)
+    return build(_without(node, *parts), table, where=where, **parts, **given)
 
 
 @dataclass(frozen=True)
@@ -187,6 +195,7 @@ class Run:
 
         Pictures with alpha are put on white. They should be square and show one object, as the training images do.
         """
+        self._require_shapes("reconstruct")
         predict = predictor(self.model(device), device)
         size = self.experiment.dataset("train").image_size
         out.mkdir(parents=True, exist_ok=True)
@@ -206,17 +215,24 @@ class Run:
 
     def view(self, items: int, out: Path, *, device: torch.device | str = "cpu") -> Shown:
         """Show predictions beside truths for test items spread over the split; without a display, as files in `out`."""
+        self._require_shapes("view")
         dataset = self.experiment.dataset(self.experiment.evaluation.split, fields=("image", "camera", "mesh"))
         predict = predictor(self.model(device), device)
         return show(samples(dataset, items, {self.folder.name: predict}), out)
 
-    def evaluate(self, protocol: str, *, split: str | None = None, device: torch.device | str = "cpu") -> Summary:
-        """Score the run under a protocol; items scored before are not scored again."""
+    def _require_shapes(self, command: str) -> None:
+        evaluation = self.experiment.evaluation
+        if not isinstance(evaluation, ShapeEvaluator):
+            name = next(name for name, kind in EVALUATIONS.items() if kind is type(evaluation))
+            raise ConfigError(f"{command} needs a run that predicts shapes; {self.folder} is evaluated as {name!r}")
+
+    def evaluate(self, name: str, *, split: str | None = None, device: torch.device | str = "cpu") -> Scores:
+        """Score the run under a name of its evaluation: a protocol, for shapes."""
         return score(
             self.folder / "evaluation",
             self.experiment,
             predictor(self.model(device), device),
-            protocol,
+            name,
             split=split,
             about={"weights": self.weights()},
         )
@@ -234,17 +250,12 @@ class Run:
         return files["ema.safetensors" if "ema.safetensors" in files else "model.safetensors"]["sha256"]
 
 
-def predictor(model: nn.Module, device: torch.device | str) -> Callable[[Mapping[str, Any]], list[Prediction]]:
+def predictor(model: nn.Module, device: torch.device | str) -> Callable[[Mapping[str, Any]], Any]:
     """`model.predict` on a device, for batches and predictions on the CPU."""
 
-    def predict(batch: Mapping[str, Any]) -> list[Prediction]:
+    def predict(batch: Mapping[str, Any]) -> Any:
         predictions = model.predict(to_device(batch, torch.device(device)))  # type: ignore[operator]
-        return [
-            p._replace(
-                shape=None if p.shape is None else p.shape.cpu(), voxels=None if p.voxels is None else p.voxels.cpu()
-            )
-            for p in predictions
-        ]
+        return to_device(predictions, torch.device("cpu"))
 
     return predict
 
@@ -267,31 +278,20 @@ def samples(
 def score(
     folder: Path,
     experiment: Experiment,
-    predict: Callable[[Mapping[str, Any]], Sequence[Prediction]],
-    protocol: str,
+    predict: Callable[[Mapping[str, Any]], Any],
+    name: str,
     *,
     split: str | None = None,
     about: Mapping[str, Any] | None = None,
-) -> Summary:
-    """Evaluate `predict(batch)` on a split under a protocol; writes PROTOCOL_SPLIT.jsonl and .json to `folder`.
+) -> Scores:
+    """Evaluate `predict(batch)` on a split under a name; writes NAME_SPLIT.jsonl and .json to `folder`.
 
     `about` is what the scores depend on beside protocol, seed and data; scores kept from another `about` are refused.
     """
-    settings = experiment.evaluation
-    split = split or settings.split
-    folder.mkdir(parents=True, exist_ok=True)
-    summary = evaluate(
-        experiment.batches(experiment.dataset(split), settings.batch_size),
-        predict,
-        PROTOCOLS[protocol],
-        out=folder / f"{protocol}_{split}.jsonl",
-        seed=experiment.seed,
-        repeats=settings.repeats,
-        about=about,
-    )
-    with atomic_write(folder / f"{protocol}_{split}.json") as file:
-        file.write(json.dumps(summary.to_dict(), indent=2).encode() + b"\n")
-    return summary
+    evaluation = experiment.evaluation
+    split = split or evaluation.split
+    batches = experiment.batches(experiment.dataset(split), evaluation.batch_size)
+    return evaluation.evaluate(name, batches, predict, folder, split=split, seed=experiment.seed, about=about)
 
 
 def environment() -> dict[str, Any]:
@@ -319,12 +319,6 @@ def _processor() -> str:
         models = [line.partition(":")[2].strip() for line in known.read_text().splitlines() if "model name" in line]
         name = models[0] if models else name
     return f"{name}, {os.cpu_count()} cores"
-
-
-def _section(node: Mapping[str, Any], key: str) -> Any:
-    if key not in node:
-        raise ConfigError(f"model needs a {key}: a name and its arguments")
-    return node[key]
 
 
 def _without(node: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:

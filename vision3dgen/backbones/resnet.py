@@ -1,32 +1,34 @@
-"""Residual networks as feature extractors: images in, four maps out, fine to coarse.
+"""Residual networks as feature extractors: images in, maps out, fine to coarse.
 
-Source: He et al. 2016 (arXiv:1512.03385); ResNeXt, Xie et al. 2017; wide, Zagoruyko & Komodakis 2016.
-Parameter names, shapes and the place of the stride (in the 3x3 convolution of a bottleneck) are torchvision's, so its
-published weights load with strict=True when `num_classes` is given.
+Source: He et al. 2016 (arXiv:1512.03385); pre-activation, He et al. 2016b (arXiv:1603.05027); ResNeXt, Xie et al. 2017;
+wide, Zagoruyko & Komodakis 2016. Parameter names, shapes and the place of the stride (in the 3x3 convolution of a
+bottleneck) are torchvision's, so its published weights load with strict=True when `num_classes` is given.
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from vision3dgen.backbones.backbone import Backbone, pooled_logits
 
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut."""
 
     expansion = 1
+    preactivation = False
 
-    def __init__(
-        self, inputs: int, width: int, stride: int, downsample: nn.Module | None, groups: int, base_width: int
-    ):
+    def __init__(self, inputs: int, width: int, stride: int, groups: int, base_width: int):
         super().__init__()
-        if groups != 1 or base_width != 64:
-            raise ValueError(f"basic blocks have groups 1 and width 64, got {groups} and {base_width}")
+        _check_plain(groups, base_width)
         self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        self.downsample = downsample
+        self.downsample = _projection(inputs, width, stride)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C2 H2 W2"]:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -34,7 +36,7 @@ class BasicBlock(nn.Module):
         return (self.bn2(self.conv2(x)) + shortcut).relu()
 
     @property
-    def last_norm(self) -> nn.BatchNorm2d:
+    def last(self) -> nn.Module:
         return self.bn2
 
 
@@ -42,10 +44,9 @@ class Bottleneck(nn.Module):
     """1x1, 3x3 (strided, grouped), 1x1 convolutions and a shortcut; four times as many channels out."""
 
     expansion = 4
+    preactivation = False
 
-    def __init__(
-        self, inputs: int, width: int, stride: int, downsample: nn.Module | None, groups: int, base_width: int
-    ):
+    def __init__(self, inputs: int, width: int, stride: int, groups: int, base_width: int):
         super().__init__()
         middle = int(width * (base_width / 64.0)) * groups
         self.conv1 = nn.Conv2d(inputs, middle, 1, bias=False)
@@ -54,7 +55,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(middle)
         self.conv3 = nn.Conv2d(middle, width * self.expansion, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(width * self.expansion)
-        self.downsample = downsample
+        self.downsample = _projection(inputs, width * self.expansion, stride)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C2 H2 W2"]:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -63,105 +64,175 @@ class Bottleneck(nn.Module):
         return (self.bn3(self.conv3(x)) + shortcut).relu()
 
     @property
-    def last_norm(self) -> nn.BatchNorm2d:
+    def last(self) -> nn.Module:
         return self.bn3
 
 
-class ResNet(nn.Module):
-    """A residual network: images (B, 3, H, W), normalized, to maps at strides 4, 8, 16, 32.
+class PreActBlock(nn.Module):
+    """Normalization and ReLU before each of two 3x3 convolutions; nothing after the sum."""
 
-    With `num_classes`, the classifier `fc` exists too and `logits(images)` uses it; without, there is no `fc` at all.
+    expansion = 1
+    preactivation = True
+
+    def __init__(self, inputs: int, width: int, stride: int, groups: int, base_width: int):
+        super().__init__()
+        _check_plain(groups, base_width)
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.downsample = _projection(inputs, width, stride, norm=False)
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C2 H2 W2"]:
+        active = self.bn1(x).relu()
+        shortcut = x if self.downsample is None else self.downsample(active)
+        x = self.conv1(active)
+        return self.conv2(self.bn2(x).relu()) + shortcut
+
+    @property
+    def last(self) -> nn.Module:
+        return self.conv2
+
+
+class PreActBottleneck(nn.Module):
+    """Normalization and ReLU before each of 1x1, 3x3 (strided, grouped), 1x1; nothing after the sum."""
+
+    expansion = 4
+    preactivation = True
+
+    def __init__(self, inputs: int, width: int, stride: int, groups: int, base_width: int):
+        super().__init__()
+        middle = int(width * (base_width / 64.0)) * groups
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, middle, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(middle)
+        self.conv2 = nn.Conv2d(middle, middle, 3, stride, 1, groups=groups, bias=False)
+        self.bn3 = nn.BatchNorm2d(middle)
+        self.conv3 = nn.Conv2d(middle, width * self.expansion, 1, bias=False)
+        self.downsample = _projection(inputs, width * self.expansion, stride, norm=False)
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C2 H2 W2"]:
+        active = self.bn1(x).relu()
+        shortcut = x if self.downsample is None else self.downsample(active)
+        x = self.conv1(active)
+        x = self.conv2(self.bn2(x).relu())
+        return self.conv3(self.bn3(x).relu()) + shortcut
+
+    @property
+    def last(self) -> nn.Module:
+        return self.conv3
+
+
+def _check_plain(groups: int, base_width: int) -> None:
+    if groups != 1 or base_width != 64:
+        raise ValueError(f"blocks of two convolutions have groups 1 and base_width 64, got {groups} and {base_width}")
+
+
+def _projection(inputs: int, outputs: int, stride: int, *, norm: bool = True) -> nn.Sequential | None:
+    """The 1x1 convolution of a shortcut that changes shape, None where the identity fits."""
+    if stride == 1 and inputs == outputs:
+        return None
+    convolution = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs)) if norm else nn.Sequential(convolution)
+
+
+Block = BasicBlock | Bottleneck | PreActBlock | PreActBottleneck
+
+
+class ResNet(Backbone):
+    """A residual network: images (B, in_channels, H, W) to one map per stage.
+
+    stem: "imagenet" (7x7 of stride 2, then pooling: strides 4, 8, 16, 32) or "small" for images of 28 to 64 pixels
+    (3x3 of stride 1, no pooling: strides 1, 2, 4, 8). widths: of the stages. With pre-activation blocks the last map is
+    normalized and rectified once more, as in the paper; the others are the sums themselves.
+    Differs: the first activation is the first block's own, and its shortcut, where the identity, comes before it.
     """
 
     def __init__(
         self,
-        block: type[BasicBlock] | type[Bottleneck],
-        blocks: tuple[int, int, int, int],
+        block: type[Block],
+        blocks: tuple[int, ...],
         *,
         num_classes: int | None = None,
+        in_channels: int = 3,
+        stem: Literal["imagenet", "small"] = "imagenet",
+        widths: tuple[int, ...] = (64, 128, 256, 512),
         groups: int = 1,
         base_width: int = 64,
         zero_init_residual: bool = False,
     ):
-        super().__init__()
-        self.channels = [width * block.expansion for width in (64, 128, 256, 512)]
-        self.strides = [4, 8, 16, 32]
-        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        inputs = 64
-        for index, (count, width) in enumerate(zip(blocks, (64, 128, 256, 512)), start=1):
+        super().__init__(in_channels, 1, num_classes)
+        if len(blocks) != len(widths):
+            raise ValueError(f"blocks and widths must be as many as stages, got {blocks} and {widths}")
+        self.channels = [width * block.expansion for width in widths]
+        self.strides = [(4 if stem == "imagenet" else 1) * 2**stage for stage in range(len(widths))]
+        inputs = widths[0]
+        if stem == "imagenet":
+            self.conv1 = nn.Conv2d(in_channels, inputs, 7, 2, 3, bias=False)
+            self.pool: nn.Module = nn.MaxPool2d(3, 2, 1)
+        else:
+            self.conv1 = nn.Conv2d(in_channels, inputs, 3, 1, 1, bias=False)
+            self.pool = nn.Identity()
+        self.bn1 = None if block.preactivation else nn.BatchNorm2d(inputs)
+        self.norm = nn.BatchNorm2d(self.channels[-1]) if block.preactivation else None
+        for index, (count, width) in enumerate(zip(blocks, widths), start=1):
             stage: list[nn.Module] = []
             for position in range(count):
                 stride = 2 if position == 0 and index > 1 else 1
-                downsample = None
-                if stride != 1 or inputs != width * block.expansion:
-                    downsample = nn.Sequential(
-                        nn.Conv2d(inputs, width * block.expansion, 1, stride, bias=False),
-                        nn.BatchNorm2d(width * block.expansion),
-                    )
-                stage.append(block(inputs, width, stride, downsample, groups, base_width))
+                stage.append(block(inputs, width, stride, groups, base_width))
                 inputs = width * block.expansion
             setattr(self, f"layer{index}", nn.Sequential(*stage))
         self.fc = None if num_classes is None else nn.Linear(inputs, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        if zero_init_residual:  # each block starts as the identity (Goyal et al. 2017)
+        if zero_init_residual:  # each block starts as its shortcut (Goyal et al. 2017)
             for module in self.modules():
-                if isinstance(module, BasicBlock | Bottleneck):
-                    nn.init.zeros_(module.last_norm.weight)
+                if isinstance(module, Block):
+                    nn.init.zeros_(module.last.get_parameter("weight"))
 
-    def forward(self, images: Float[Tensor, "B 3 H W"]) -> list[Tensor]:
-        x = self.bn1(self.conv1(images)).relu()
-        x = nn.functional.max_pool2d(x, 3, 2, 1)
+    def forward(self, images: Float[Tensor, "B C H W"]) -> list[Tensor]:
+        self.check_images(images)
+        self.check_statistics(images)
+        x = self.conv1(images)
+        x = self.pool(x if self.bn1 is None else self.bn1(x).relu())
         maps = []
-        for index in (1, 2, 3, 4):
+        for index in range(1, len(self.channels) + 1):
             x = self.get_submodule(f"layer{index}")(x)
             maps.append(x)
+        if self.norm is not None:
+            maps[-1] = self.norm(x).relu()
         return maps
 
-    def logits(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B K"]:
+    def logits(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
         """Class scores from the pooled last map; needs `num_classes`."""
-        if self.fc is None:
-            raise ValueError("this network has no classifier: build it with num_classes")
-        return self.fc(self(images)[-1].mean(dim=(2, 3)))
+        return pooled_logits(self, self.fc, images)
 
 
-def resnet18(num_classes: int | None = None, zero_init_residual: bool = False) -> ResNet:
-    return ResNet(BasicBlock, (2, 2, 2, 2), num_classes=num_classes, zero_init_residual=zero_init_residual)
+resnet18 = partial(ResNet, BasicBlock, (2, 2, 2, 2))
+resnet34 = partial(ResNet, BasicBlock, (3, 4, 6, 3))
+resnet50 = partial(ResNet, Bottleneck, (3, 4, 6, 3))
+resnet101 = partial(ResNet, Bottleneck, (3, 4, 23, 3))
+resnet152 = partial(ResNet, Bottleneck, (3, 8, 36, 3))
+resnext50_32x4d = partial(ResNet, Bottleneck, (3, 4, 6, 3), groups=32, base_width=4)
+resnext101_32x8d = partial(ResNet, Bottleneck, (3, 4, 23, 3), groups=32, base_width=8)
+wide_resnet50_2 = partial(ResNet, Bottleneck, (3, 4, 6, 3), base_width=128)
+preact_resnet18 = partial(ResNet, PreActBlock, (2, 2, 2, 2))
+preact_resnet34 = partial(ResNet, PreActBlock, (3, 4, 6, 3))
+preact_resnet50 = partial(ResNet, PreActBottleneck, (3, 4, 6, 3))
+preact_resnet101 = partial(ResNet, PreActBottleneck, (3, 4, 23, 3))
+preact_resnet152 = partial(ResNet, PreActBottleneck, (3, 8, 36, 3))
 
-
-def resnet34(num_classes: int | None = None, zero_init_residual: bool = False) -> ResNet:
-    return ResNet(BasicBlock, (3, 4, 6, 3), num_classes=num_classes, zero_init_residual=zero_init_residual)
-
-
-def resnet50(num_classes: int | None = None, zero_init_residual: bool = False) -> ResNet:
-    return ResNet(Bottleneck, (3, 4, 6, 3), num_classes=num_classes, zero_init_residual=zero_init_residual)
-
-
-def resnet101(num_classes: int | None = None, zero_init_residual: bool = False) -> ResNet:
-    return ResNet(Bottleneck, (3, 4, 23, 3), num_classes=num_classes, zero_init_residual=zero_init_residual)
-
-
-def resnet152(num_classes: int | None = None, zero_init_residual: bool = False) -> ResNet:
-    return ResNet(Bottleneck, (3, 8, 36, 3), num_classes=num_classes, zero_init_residual=zero_init_residual)
-
-
-def resnext50_32x4d(num_classes: int | None = None) -> ResNet:
-    return ResNet(Bottleneck, (3, 4, 6, 3), num_classes=num_classes, groups=32, base_width=4)
-
-
-def resnext101_32x8d(num_classes: int | None = None) -> ResNet:
-    return ResNet(Bottleneck, (3, 4, 23, 3), num_classes=num_classes, groups=32, base_width=8)
-
-
-def wide_resnet50_2(num_classes: int | None = None) -> ResNet:
-    return ResNet(Bottleneck, (3, 4, 6, 3), num_classes=num_classes, base_width=128)
-
+# The networks for CIFAR of section 4.2 of the paper: three stages, 6n + 2 layers. Differs: shortcuts that change shape
+# are projections (option B), as in the networks above.
+resnet20 = partial(ResNet, BasicBlock, (3, 3, 3), stem="small", widths=(16, 32, 64))
+resnet56 = partial(ResNet, BasicBlock, (9, 9, 9), stem="small", widths=(16, 32, 64))
+preact_resnet20 = partial(ResNet, PreActBlock, (3, 3, 3), stem="small", widths=(16, 32, 64))
 
 RESNETS: dict[str, Callable[..., ResNet]] = {
-    function.__name__: function
-    for function in (
-        resnet18, resnet34, resnet50, resnet101, resnet152, resnext50_32x4d, resnext101_32x8d, wide_resnet50_2
-    )
+    "resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50, "resnet101": resnet101, "resnet152": resnet152,
+    "resnext50_32x4d": resnext50_32x4d, "resnext101_32x8d": resnext101_32x8d, "wide_resnet50_2": wide_resnet50_2,
+    "preact_resnet18": preact_resnet18, "preact_resnet34": preact_resnet34, "preact_resnet50": preact_resnet50,
+    "preact_resnet101": preact_resnet101, "preact_resnet152": preact_resnet152,
+    "resnet20": resnet20, "resnet56": resnet56, "preact_resnet20": preact_resnet20,
 }  # fmt: skip

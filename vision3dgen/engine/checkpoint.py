@@ -2,9 +2,10 @@
 
     RUN/checkpoints/step_00000200/
         model.safetensors   weights
-        ema.safetensors     their moving average, where there is one
+        ema.safetensors     their average, moving (EMA) or plain (SWA), where there is one
         state.pt            optimizers, random states, data order, counters; loads with `weights_only=True`
-        meta.json           schema, step, metrics, whether it was the best so far, size and SHA-256 of the other files
+        meta.json           schema, step, metrics, whether it was the best so far or ended a cycle of the schedule,
+                            size and SHA-256 of the other files
 
 A checkpoint is written to a hidden folder beside, synced to disk, and renamed: a write that is killed or runs out of
 space leaves the earlier ones as they were. What is damaged afterwards is found by size and hash, and named.
@@ -27,7 +28,8 @@ from torch import nn
 
 from vision3dgen import __version__
 
-SCHEMA = 1  # raised when the files or keys of a checkpoint change; `verify` refuses the others
+SCHEMA = 2  # raised when the files or keys of a checkpoint change
+READABLE = (1, 2)  # 1 had no snapshots, and the running means of the first process only; `verify` refuses the others
 
 
 class CheckpointError(ValueError):
@@ -43,9 +45,12 @@ def save(
     ema: nn.Module | None = None,
     metrics: Mapping[str, float] | None = None,
     best: bool = False,
+    snapshot: bool = False,
     keep: int = 2,
 ) -> Path:
-    """Write one checkpoint, then delete all but the newest `keep` and the newest marked `best`; returns its folder.
+    """Write one checkpoint, then delete old ones; returns its folder.
+
+    The newest `keep` stay, the newest marked `best`, and all marked `snapshot`.
 
     `state` must be made of tensors, numbers, strings, dicts, lists and tuples. A failed write raises OSError naming the
     folder and leaves every earlier checkpoint in place.
@@ -66,6 +71,7 @@ def save(
             "torch": str(torch.__version__),
             "step": step,
             "best": best,
+            "snapshot": snapshot,
             "metrics": {name: value if math.isfinite(value) else None for name, value in (metrics or {}).items()},
             "files": {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in partial.iterdir()},
         }
@@ -95,8 +101,8 @@ def verify(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is not a complete checkpoint: it has no meta.json") from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / 'meta.json'} is damaged: {error!r}") from error
-    if schema != SCHEMA:
-        raise CheckpointError(f"{folder} has checkpoint schema {schema!r}; vision3dgen {__version__} reads {SCHEMA}")
+    if schema not in READABLE:
+        raise CheckpointError(f"{folder} has checkpoint schema {schema!r}; vision3dgen {__version__} reads {READABLE}")
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
@@ -119,6 +125,11 @@ def latest(run_dir: Path) -> Path | None:
 def best(run_dir: Path) -> Path | None:
     """The whole checkpoint with the best validation metric, None if the run marked none."""
     return _whole(run_dir, best=True)
+
+
+def snapshots(run_dir: Path) -> list[Path]:
+    """The whole checkpoints that end a cycle of the schedule, oldest first; a damaged one is a CheckpointError."""
+    return [folder for folder in reversed(_newest_first(run_dir)) if verify(folder).get("snapshot", False)]
 
 
 def load_weights(model: nn.Module, folder: Path, *, ema: bool = True) -> dict[str, Any]:
@@ -181,10 +192,11 @@ def _prune(run_dir: Path, keep: int) -> None:
     kept_best = False
     for age, folder in enumerate(_newest_first(run_dir)):
         try:
-            marked = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["best"]
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            marked, snapshot = meta["best"], meta.get("snapshot", False)
         except (OSError, ValueError, KeyError):
             continue  # damaged: `latest` names it, and a person decides
-        if age < keep or (marked and not kept_best):
+        if age < keep or snapshot or (marked and not kept_best):
             kept_best = kept_best or marked
             continue
         doomed = folder.with_name(

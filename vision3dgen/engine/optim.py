@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules by name, parameter groups, and the moving average of weights.
+"""Optimizers and learning-rate schedules by name, parameter groups, and averages of weights.
 
 Learning rate of a parameter at a step = lr * scale of its longest matching prefix * `lr_factor(schedule, step, steps)`.
 """
@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import AveragedModel
 
 from vision3dgen.checks import check_choice
 
@@ -57,8 +59,8 @@ class Optimizer:
 class Schedule:
     """How the learning rate moves: `warmup` steps up to 1, then the named curve.
 
-    `floor` is the factor at the end of cosine and linear; `milestones` are the steps at which "step" multiplies by
-    `gamma`. `parts` is as in `Optimizer`.
+    `floor` is the factor at the end of each cosine and of linear; `milestones` are the steps at which "step" multiplies
+    by `gamma`; `cycles` is how many times "cosine_restarts" falls. `parts` is as in `Optimizer`.
     """
 
     name: str = "constant"
@@ -66,6 +68,7 @@ class Schedule:
     floor: float = 0.0
     milestones: Sequence[int] = ()
     gamma: float = 0.1
+    cycles: int | None = None
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -77,32 +80,58 @@ class Schedule:
                 f"milestones belong to the schedule 'step' and to no other, "
                 f"got name={self.name!r}, milestones={list(self.milestones)}"
             )
+        if (self.name == "cosine_restarts") != (self.cycles is not None and self.cycles >= 1):
+            raise ValueError(
+                f"cycles, at least 1, belong to the schedule 'cosine_restarts' and to no other, "
+                f"got name={self.name!r}, cycles={self.cycles}"
+            )
 
 
-def _constant(schedule: Schedule, step: int, progress: float) -> float:
+def _constant(schedule: Schedule, step: int, steps: int) -> float:
     return 1.0
 
 
-def _step(schedule: Schedule, step: int, progress: float) -> float:
+def _step(schedule: Schedule, step: int, steps: int) -> float:
     return schedule.gamma ** sum(step >= milestone for milestone in schedule.milestones)
 
 
-def _cosine(schedule: Schedule, step: int, progress: float) -> float:
-    return schedule.floor + (1 - schedule.floor) * (1 + math.cos(math.pi * progress)) / 2
+def _cosine(schedule: Schedule, step: int, steps: int) -> float:
+    return _fall(schedule, (1 + math.cos(math.pi * _progress(schedule, step, steps))) / 2)
 
 
-def _linear(schedule: Schedule, step: int, progress: float) -> float:
-    return schedule.floor + (1 - schedule.floor) * (1 - progress)
+def _cosine_restarts(schedule: Schedule, step: int, steps: int) -> float:
+    if step >= steps:
+        return schedule.floor
+    length = _cycle_length(schedule, steps)
+    return _fall(schedule, (1 + math.cos(math.pi * ((step - schedule.warmup) % length) / length)) / 2)
 
 
-def _inverse_sqrt(schedule: Schedule, step: int, progress: float) -> float:
+def _linear(schedule: Schedule, step: int, steps: int) -> float:
+    return _fall(schedule, 1 - _progress(schedule, step, steps))
+
+
+def _inverse_sqrt(schedule: Schedule, step: int, steps: int) -> float:
     return math.sqrt(max(schedule.warmup, 1) / (step + 1))
 
 
-SCHEDULES: dict[str, Callable[[Schedule, int, float], float]] = {
+def _progress(schedule: Schedule, step: int, steps: int) -> float:
+    return min((step - schedule.warmup) / max(steps - schedule.warmup, 1), 1.0)
+
+
+def _fall(schedule: Schedule, left: float) -> float:
+    return schedule.floor + (1 - schedule.floor) * left
+
+
+def _cycle_length(schedule: Schedule, steps: int) -> int:
+    assert schedule.cycles is not None
+    return max(-(-(steps - schedule.warmup) // schedule.cycles), 1)  # rounded up: the last cycle may be the shorter
+
+
+SCHEDULES: dict[str, Callable[[Schedule, int, int], float]] = {
     "constant": _constant,
     "step": _step,
     "cosine": _cosine,  # Loshchilov and Hutter 2017, eq. 5, without restarts
+    "cosine_restarts": _cosine_restarts,  # Huang et al. 2017 (snapshot ensembles), eq. 2, cycles of one length
     "linear": _linear,
     "inverse_sqrt": _inverse_sqrt,  # Vaswani et al. 2017, eq. 3, scaled to 1 at the end of the warm-up
 }
@@ -116,8 +145,31 @@ def lr_factor(schedule: Schedule, step: int, steps: int) -> float:
     """
     if step < schedule.warmup:
         return (step + 1) / schedule.warmup
-    progress = min((step - schedule.warmup) / max(steps - schedule.warmup, 1), 1.0)
-    return SCHEDULES[schedule.name](schedule, step, progress)
+    return SCHEDULES[schedule.name](schedule, step, steps)
+
+
+def check_steps(schedule: Schedule, steps: int) -> None:
+    """Raise a ValueError for a schedule that does not fit into a run of `steps` updates."""
+    if steps < 1:
+        raise ValueError(f"a schedule needs at least 1 step, got steps={steps}")
+    if schedule.warmup > steps:
+        raise ValueError(
+            f"schedule {schedule.name!r} warms up for {schedule.warmup} steps and the run has {steps}: "
+            f"warmup must be from 0 to {steps}"
+        )
+    if schedule.cycles is not None and schedule.cycles > max(steps - schedule.warmup, 1):
+        raise ValueError(
+            f"cycles must be from 1 to {max(steps - schedule.warmup, 1)}, the steps after the warm-up, "
+            f"got {schedule.cycles}"
+        )
+
+
+def cycle_ends(schedule: Schedule, steps: int) -> list[int]:
+    """The numbers of updates after which the cycles of "cosine_restarts" are complete; none for other schedules."""
+    if schedule.cycles is None:
+        return []
+    length = _cycle_length(schedule, steps)
+    return [*range(schedule.warmup + length, steps, length), steps]
 
 
 Settings = TypeVar("Settings", Optimizer, Schedule)
@@ -136,10 +188,59 @@ def by_part(settings: Settings, parts: Iterable[str]) -> dict[str, Settings]:
 
 
 def freeze(model: nn.Module, prefixes: Iterable[str]) -> None:
-    """Stop gradients to every parameter under the prefixes; a prefix that matches none is a ValueError."""
+    """Stop gradients to every parameter under the prefixes; a prefix that matches none is a ValueError.
+
+    The modules under them stay in evaluation mode, whatever `train()` says later: the statistics of a frozen batch norm
+    do not move, and its dropout drops nothing.
+    """
     for prefix in prefixes:
         for parameter in _under(dict(model.named_parameters()), prefix, "frozen").values():
             parameter.requires_grad_(False)
+        for name, module in model.named_modules():
+            if f"{name}.".startswith(f"{prefix}.") and not is_frozen(module):
+                # A hook, because `train()` of any module above sets the mode again; it is copied with the module.
+                module.register_forward_pre_hook(_stay_in_evaluation)
+                module.training = False
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether `freeze` keeps this module in evaluation mode."""
+    return _stay_in_evaluation in module._forward_pre_hooks.values()
+
+
+def train_mode(model: nn.Module) -> None:
+    """`model.train()`, but for the modules that `freeze` keeps in evaluation mode."""
+    model.train()
+    for module in model.modules():
+        if is_frozen(module):
+            module.training = False
+
+
+def _stay_in_evaluation(module: nn.Module, arguments: Any) -> None:
+    if module.training:
+        module.training = False
+
+
+def layerwise_scales(
+    model: nn.Module, decay: float, layers: Sequence[str | Sequence[str]] | None = None
+) -> dict[str, float]:
+    """`Optimizer.scales` that train the last layer at the full rate and each one before it at `decay` times the next's.
+
+    `layers` lists prefixes of parameter names from the input to the output, an entry of several prefixes being one
+    layer; without it the layers are the direct children of the model that have parameters, in the order of their
+    definition. A parameter under no layer keeps the full rate. Source: Howard and Ruder 2018 (discriminative
+    fine-tuning, decay 1/2.6); Bao et al. 2022 (BEiT, 0.65 and up).
+    """
+    if not 0 < decay <= 1:
+        raise ValueError(f"decay must be in (0, 1], got {decay}")
+    if layers is None:
+        layers = [name for name, child in model.named_children() if next(child.parameters(), None) is not None]
+    scales: dict[str, float] = {}
+    for depth, entry in enumerate(reversed(layers)):
+        for prefix in (entry,) if isinstance(entry, str) else entry:
+            _under(dict(model.named_parameters()), prefix, "layers")
+            scales[prefix] = decay**depth
+    return scales
 
 
 def build_optimizer(settings: Optimizer, named: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
@@ -203,6 +304,65 @@ class EMA:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.updates = state["updates"]
+
+
+class SWA:
+    """Stochastic weight averaging: the plain mean of the weights after updates start, start + every, ...
+
+    `module` is the copy to evaluate; until `start` it holds the current weights. torch's `AveragedModel` does the
+    arithmetic. Buffers are copied, so the statistics of batch norm are those of the last weights and not of the mean:
+    `recompute_batch_norm` makes them anew. Source: Izmailov et al. 2018, algorithm 1.
+    """
+
+    def __init__(self, model: nn.Module, start: int, every: int = 1):
+        self.start, self.every = start, every
+        self.averaged = AveragedModel(model)
+        self.module = self.averaged.module.eval().requires_grad_(False)
+
+    @property
+    def count(self) -> int:
+        """How many sets of weights the mean is over; 0 before `start`."""
+        return int(self.averaged.n_averaged)
+
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after update number `step`, counted from 1."""
+        if step >= self.start and (step - self.start) % self.every == 0:
+            self.averaged.update_parameters(model)
+        elif step < self.start:
+            self.averaged.update_parameters(model)  # with a count of 0 it copies
+            self.averaged.n_averaged.zero_()
+
+    def state_dict(self) -> dict[str, int]:
+        """What is not in `module`, whose weights are saved as a file of their own."""
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.averaged.n_averaged.fill_(state["count"])
+
+
+def recompute_batch_norm(model: nn.Module, forward: Callable[[], Iterable[Any]]) -> None:
+    """Give every batch norm of `model` the statistics of the passes that `forward()` runs, each counting equally.
+
+    Iterating over `forward()` must call the model on one batch at a time. The model is in training mode meanwhile and
+    in evaluation mode afterwards; modules that `freeze` keeps in evaluation mode are left as they are. Nothing is run
+    where there is no batch norm with running statistics.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and not is_frozen(m)]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # torch's word for a cumulative average
+    train_mode(model)
+    try:
+        with torch.no_grad():
+            for _ in forward():
+                pass
+    finally:
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
+        model.eval()
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

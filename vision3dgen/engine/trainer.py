@@ -5,6 +5,8 @@ and `model.loss(batch, part=...)` returns a dict of scalars with the key "loss".
 schedule, and is updated in turn on the same batch. The loop knows nothing of vision.
 """
 
+import copy
+import itertools
 import json
 import signal
 import time
@@ -20,9 +22,24 @@ from vision3dgen.engine import checkpoint
 from vision3dgen.engine.interrupt import Interrupt
 from vision3dgen.engine.loading import Data, ShuffleSampler, make_loader, to_device
 from vision3dgen.engine.log import Log, Mean
-from vision3dgen.engine.optim import EMA, Optimizer, Schedule, build_optimizer, by_part, freeze, lr_factor, set_lr
+from vision3dgen.engine.optim import (
+    EMA,
+    SWA,
+    Optimizer,
+    Schedule,
+    build_optimizer,
+    by_part,
+    check_steps,
+    cycle_ends,
+    freeze,
+    lr_factor,
+    recompute_batch_norm,
+    set_lr,
+    train_mode,
+)
 from vision3dgen.engine.seeding import mix, preserved_rng, rng_state, seed_all, set_rng_state
 from vision3dgen.engine.settings import PRECISIONS, Record, Update, Validation, check_same
+from vision3dgen.engine.sharding import full, gather_weights, local, scatter_state, scatter_weights, shard
 
 
 class Result(NamedTuple):
@@ -91,6 +108,7 @@ class Trainer:
         # What must be the same for a resumed run to be the run it resumes, as it looks when read back.
         same = {"seed": seed, "update": self.update, "optimizer": optimizers, "schedule": self.schedules}
         self.settings: dict[str, Any] = json.loads(json.dumps(same, default=vars))
+        del self.settings["update"]["shard"]  # how the work is divided does not change what is computed
 
         # Autocast and the gradient scaler are torch's: accelerate's precision is fixed for the life of a process.
         self.accelerator = Accelerator(mixed_precision="no")
@@ -100,16 +118,29 @@ class Trainer:
         self.sampler = ShuffleSampler(len(data.dataset), seed, data.batch_size, rank=rank, world=world)
         self.samples_per_step = self.update.accumulate * self.sampler.stride
         self.steps = _steps(steps, epochs, self.sampler.batches_per_epoch, self.update.accumulate)
+        for schedule in self.schedules.values():
+            check_steps(schedule, self.steps)
+        self.snapshots = {end for schedule in self.schedules.values() for end in cycle_ends(schedule, self.steps)}
+        swa = self.update.swa
+        if swa is not None and swa.start > self.steps:
+            raise ValueError(f"swa.start is {swa.start} and the run has {self.steps} steps: nothing would be averaged")
 
         model.to(self.device)
         for part in self.parts:
             freeze(model, optimizers[part].frozen)
+        self.whole: nn.Module | None = None  # of a sharded model: an ordinary one to gather into
+        if self.update.shard is not None and world > 1:
+            self._shard(self.update.shard.units, world)
         named = {part: _parameters(model, part, self.parts) for part in self.parts}
         self.optimizers = {part: build_optimizer(optimizers[part], named[part]) for part in self.parts}
         self.lrs = {part: optimizers[part].lr for part in self.parts}
         self.trained = {part: {n: p for n, p in named[part].items() if p.requires_grad} for part in self.parts}
-        self.objectives = {part: self._objective(part) for part in self.parts}
+        if self.whole is None:
+            self.objectives = {part: self._objective(part) for part in self.parts}
+        # After DDP gave every process the first one's weights.
         self.ema = EMA(model, self.update.ema) if self.update.ema is not None else None
+        self.swa = SWA(model, swa.start, swa.every) if swa is not None else None
+        self.statistics_of = 0  # how many sets of weights were averaged when batch norms were last recomputed
 
         self.step = 0
         self.seconds = 0.0  # of training, without validating and saving, over all starts of this run
@@ -123,8 +154,8 @@ class Trainer:
     ) -> Result:
         """Train to the last step, or until patience ends.
 
-        `validate(model)` returns metrics of the model in evaluation mode, the moving average if one is kept; it runs
-        in every process and the first one's result counts. `resume` continues from the newest whole checkpoint of
+        `validate(model)` returns metrics of the model in evaluation mode, the average of the weights if one is kept; it
+        runs in every process and the first one's result counts (`gather_items` makes one of all). `resume` continues from the newest whole checkpoint of
         `run_dir`, or starts where there is none. SIGTERM and SIGINT save a checkpoint after the step under way and
         raise SystemExit(128 + signal); a second one acts at once.
         """
@@ -132,7 +163,7 @@ class Trainer:
             raise ValueError("fit(validate) and Trainer(validation=...) go together: give both or neither")
         self._start(resume)
         clock, steps_then = time.monotonic(), self.step
-        self.model.train()
+        train_mode(self.model)
         batches = iter(make_loader(self.data, self.sampler))
         main = self.accelerator.is_main_process
         log = Log(self.run_dir, self.step, self.steps, tensorboard=self.record.tensorboard, active=main)
@@ -160,8 +191,9 @@ class Trainer:
 
                 signal_number = self._agree(interrupt.number)
                 ends = last or self._out_of_patience() or signal_number
-                if ends or better or self.step % self.record.checkpoint_every == 0:
-                    self._save(better)
+                cycle_ended = self.step in self.snapshots
+                if ends or better or cycle_ended or self.step % self.record.checkpoint_every == 0:
+                    self._save(better, cycle_ended)
                 if signal_number:
                     if main:
                         print(f"{signal.Signals(signal_number).name}: stopped after step {self.step}, checkpoint saved")
@@ -183,7 +215,14 @@ class Trainer:
             values |= {prefix + name: value for name, value in losses.items()}
         if self.ema:
             self.ema.update(self.model)
+        if self.swa:
+            self.swa.update(self.model, self.step + 1)
         return values
+
+    @property
+    def average(self) -> EMA | SWA | None:
+        """The average of the weights that this run keeps."""
+        return self.ema or self.swa
 
     def _gradients(self, part: str, batches: Sequence[Any]) -> dict[str, Tensor]:
         """Leave the gradient of the mean loss over the batches on the part's parameters; returns the mean losses."""
@@ -206,15 +245,29 @@ class Trainer:
         optimizer, parameters = self.optimizers[part], self.trained[part]
         set_lr(optimizer, self.lrs[part] * lr_factor(self.schedules[part], self.step, self.steps))
         self.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
+        if self.update.penalty is not None:
+            self._penalize(part, losses)
+        total = torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
+        norm = full(total)
         # One number tells for all of them; only when it is bad do we look for the culprit.
         if not torch.isfinite(norm + losses["loss"].to(norm.device)):
             self._explain(part, losses)
         if self.update.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters.values(), self.update.clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(parameters.values(), self.update.clip, total)
         self.scaler.step(optimizer)
         self.scaler.update()
         return norm
+
+    def _penalize(self, part: str, losses: dict[str, Tensor]) -> None:
+        """Add the penalty on the part's weights to its loss and gradient, and a term of that name to the log."""
+        penalty, weights = self.update.penalty, self.trained[part].values()
+        assert penalty is not None
+        if "penalty" in losses:
+            raise ValueError("the model's loss has a term 'penalty' already: rename it, or leave out update.penalty")
+        with torch.no_grad():
+            losses["penalty"] = full(penalty.value(weights)).float()
+        losses["loss"] = losses["loss"] + losses["penalty"]
+        penalty.add_gradient(weights)
 
     def _explain(self, part: str, losses: dict[str, Tensor]) -> None:
         """Raise FloatingPointError naming the first loss, else the first gradient, that is not finite."""
@@ -226,8 +279,10 @@ class Trainer:
         if self.scaler.is_enabled() and self.scaler.get_scale() >= 1:
             return  # fp16 overflows now and then: the scaler skips this update and lowers its scale
         for name, parameter in self.trained[part].items():
-            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            if parameter.grad is not None and not torch.isfinite(local(parameter.grad)).all():
                 raise FloatingPointError(f"{where}: the gradient of {name!r} is not finite; {kept}")
+        if self.whole is not None:
+            raise FloatingPointError(f"{where}: a gradient kept by another process is not finite; {kept}")
         raise FloatingPointError(f"{where}: the norm of the gradient overflows, its elements are finite; {kept}")
 
     def _validate(self, validate: Callable[[nn.Module], Mapping[str, float]]) -> bool:
@@ -235,11 +290,13 @@ class Trainer:
         from accelerate.utils import broadcast_object_list
 
         assert self.validation is not None
-        model = self.ema.module if self.ema else self.model
+        model = self._finished().to(self.device)
         model.eval()
         with torch.no_grad(), preserved_rng():  # so that validating more or less often trains the same weights
             metrics = {name: float(value) for name, value in validate(model).items()}
-        self.model.train()
+        if self.whole is not None:
+            self.whole.cpu()
+        train_mode(self.model)
         self.metrics = broadcast_object_list([metrics])[0]
         if self.validation.metric not in self.metrics:
             raise ValueError(
@@ -278,6 +335,39 @@ class Trainer:
             return number
         return int(self.accelerator.gather(torch.tensor([number], device=self.device)).max())
 
+    def _finished(self) -> nn.Module:
+        """The model to evaluate: the average of the weights if one is kept, and whole if it is sharded."""
+        if self.whole is not None:
+            gather_weights(self.model, self.whole)
+            return self.whole
+        if self.swa and self.swa.count != self.statistics_of:
+            with preserved_rng():
+                recompute_batch_norm(self.swa.module, self._pass_batches)
+            self.statistics_of = self.swa.count
+        return self.average.module if self.average else self.model
+
+    def _pass_batches(self) -> Iterator[None]:
+        """Run the same training batches through the averaged weights, one each time it is asked."""
+        assert self.swa is not None
+        assert self.update.swa is not None
+        order = ShuffleSampler(len(self.data.dataset), mix(self.seed, 4), self.data.batch_size)
+        count = min(self.update.swa.batches, order.batches_per_epoch)
+        precision = PRECISIONS[self.update.precision]
+        for batch in itertools.islice(make_loader(self.data, order), count):
+            with torch.autocast(self.device.type, precision, enabled=precision != torch.float32):
+                for part in self.parts:
+                    self.swa.module.loss(to_device(batch, self.device), part=part)  # type: ignore[operator]
+            yield
+
+    def _shard(self, units: Sequence[str], world: int) -> None:
+        """Cut the model up over the processes; one process alone has nothing to cut."""
+        if len(self.parts) > 1:
+            raise ValueError(f"shard is for models of one part, this one has {self.parts}")
+        self.whole = copy.deepcopy(self.model).cpu()
+        objective = Objective(self.model, compile=self.update.compile)
+        shard(objective, [self.model.get_submodule(name) for name in units], self.device, world)
+        self.objectives = {self.parts[0]: objective}
+
     def _objective(self, part: str) -> nn.Module:
         """The objective as one part's step uses it: DDP synchronizes what is trainable when it wraps."""
         with self._only(part):
@@ -305,24 +395,28 @@ class Trainer:
             raise ValueError(
                 f"{self.run_dir} holds a run (its newest checkpoint is {found.name}): resume it or move it"
             )
-        state = checkpoint.load(found, self.model, self.ema.module if self.ema else None)
+        state = checkpoint.load(found, self.whole or self.model, self.average.module if self.average else None)
+        if self.whole is not None:
+            scatter_weights(self.whole, self.model)
         try:
             self.load_state_dict(state)
         except ValueError as error:
             raise checkpoint.CheckpointError(f"cannot resume from {found}: {error}") from error
 
-    def _save(self, best: bool) -> None:
+    def _save(self, best: bool, snapshot: bool) -> None:
+        finished = self._finished()
+        train_mode(self.model)
         state = self.state_dict()  # gathers from all processes
         if self.accelerator.is_main_process:
-            ema = self.ema.module if self.ema else None
             checkpoint.save(
                 self.run_dir,
                 self.step,
-                self.model,
+                self.whole or self.model,
                 state,
-                ema=ema,
+                ema=finished if self.average else None,
                 metrics=self.metrics,
                 best=best,
+                snapshot=snapshot,
                 keep=self.record.keep,
             )
         self.accelerator.wait_for_everyone()
@@ -338,12 +432,13 @@ class Trainer:
             "metrics": self.metrics,
             "best": self.best,
             "stale": self.stale,
-            "optimizers": {part: optimizer.state_dict() for part, optimizer in self.optimizers.items()},
+            "optimizers": {part: full(optimizer.state_dict()) for part, optimizer in self.optimizers.items()},
             "scaler": self.scaler.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
+            "swa": self.swa.state_dict() if self.swa else None,
             "sampler": self.sampler.state_dict(),
-            "mean": self.mean.state_dict(),
-            "rng": gather_object([rng_state()]),  # one for each process
+            "mean": gather_object([self.mean.state_dict()]),  # one for each process, as below
+            "rng": gather_object([rng_state()]),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -354,12 +449,16 @@ class Trainer:
                 f"it was saved by {len(state['rng'])} process(es), this run has {self.accelerator.num_processes}"
             )
         for part, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][part])
+            optimizer.load_state_dict(scatter_state(state["optimizers"][part], optimizer))
         self.scaler.load_state_dict(state["scaler"])
         if self.ema:
             self.ema.load_state_dict(state["ema"])
+        if self.swa:
+            self.swa.load_state_dict(state["swa"])
         self.sampler.load_state_dict(state["sampler"])
-        self.mean.load_state_dict(state["mean"], self.device)
+        means = state["mean"]  # of each process; in checkpoints of schema 1 the first one's
+        mean = means[self.accelerator.process_index] if isinstance(means, list) else means
+        self.mean.load_state_dict(mean, self.device)
         self.step, self.seconds, self.metrics = state["step"], state["seconds"], state["metrics"]
         self.best, self.stale = state["best"], state["stale"]
         set_rng_state(state["rng"][self.accelerator.process_index])

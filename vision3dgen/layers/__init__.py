@@ -1,3 +1,32 @@
 """Blocks with parameters that know no task; only what torch itself does not have."""
 
+from vision3dgen.layers.activations import ACTIVATIONS as ACTIVATIONS
+from vision3dgen.layers.activations import GatedConvolution as GatedConvolution
+from vision3dgen.layers.activations import GatedTanh as GatedTanh
+from vision3dgen.layers.activations import Maxout as Maxout
+from vision3dgen.layers.activations import activation as activation
+from vision3dgen.layers.activations import gated_tanh as gated_tanh
+from vision3dgen.layers.attention import ATTENTIONS as ATTENTIONS
+from vision3dgen.layers.attention import LearnedPositions as LearnedPositions
+from vision3dgen.layers.attention import MultiHeadAttention as MultiHeadAttention
+from vision3dgen.layers.attention import SelfAttention2d as SelfAttention2d
+from vision3dgen.layers.attention import SinusoidalPositions as SinusoidalPositions
+from vision3dgen.layers.attention import TransformerBlock as TransformerBlock
+from vision3dgen.layers.attention import TransformerDecoderBlock as TransformerDecoderBlock
+from vision3dgen.layers.attention import attention_weights as attention_weights
+from vision3dgen.layers.attention import causal_mask as causal_mask
+from vision3dgen.layers.attention import padding_mask as padding_mask
+from vision3dgen.layers.attention import sinusoidal_positions as sinusoidal_positions
 from vision3dgen.layers.norm import ConditionalBatchNorm1d as ConditionalBatchNorm1d
+from vision3dgen.layers.recurrent import GRU as GRU
+from vision3dgen.layers.recurrent import LSTM as LSTM
+from vision3dgen.layers.recurrent import RECURRENTS as RECURRENTS
+from vision3dgen.layers.recurrent import RNN as RNN
+from vision3dgen.layers.recurrent import ConvGRU as ConvGRU
+from vision3dgen.layers.recurrent import ConvGRUCell as ConvGRUCell
+from vision3dgen.layers.recurrent import GRUCell as GRUCell
+from vision3dgen.layers.recurrent import LSTMCell as LSTMCell
+from vision3dgen.layers.recurrent import LSTMState as LSTMState
+from vision3dgen.layers.recurrent import RNNCell as RNNCell
+from vision3dgen.layers.recurrent import truncated_bptt as truncated_bptt
+from vision3dgen.layers.regularize import StochasticDepth as StochasticDepth

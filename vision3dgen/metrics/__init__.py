@@ -1,8 +1,13 @@
+"""Protocols, scores of single predictions, and the evaluation of a run (`EVALUATIONS`)."""
+
 from vision3dgen.metrics.evaluation import Prediction as Prediction
 from vision3dgen.metrics.evaluation import Summary as Summary
 from vision3dgen.metrics.evaluation import evaluate as evaluate
 from vision3dgen.metrics.evaluation import read_results as read_results
 from vision3dgen.metrics.evaluation import summarize as summarize
+from vision3dgen.metrics.evaluator import Evaluator as Evaluator
+from vision3dgen.metrics.evaluator import Scores as Scores
+from vision3dgen.metrics.evaluator import ShapeEvaluator as ShapeEvaluator
 from vision3dgen.metrics.protocols import PROTOCOLS as PROTOCOLS
 from vision3dgen.metrics.protocols import Protocol as Protocol
 from vision3dgen.metrics.shape import ShapeScore as ShapeScore
@@ -14,3 +19,5 @@ from vision3dgen.metrics.shape import point_iou as point_iou
 from vision3dgen.metrics.shape import score_shape as score_shape
 from vision3dgen.metrics.shape import surface_distances as surface_distances
 from vision3dgen.metrics.shape import voxel_iou as voxel_iou
+
+EVALUATIONS: dict[str, type[Evaluator]] = {"shapes": ShapeEvaluator}
