@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vision3dgen.engine import (
+    Averaging,
     Data,
     Optimizer,
     Schedule,
@@ -89,8 +90,8 @@ def trainer(model: nn.Module, run: Path, **settings: Any) -> Trainer:
 
 def state(one: Trainer) -> list[Tensor]:
     kept = [*one.model.state_dict().values(), torch.get_rng_state()]
-    if one.ema:
-        kept += one.ema.module.state_dict().values()
+    if one.average:
+        kept += [*one.average.module.state_dict().values(), torch.tensor(list(one.average.state_dict().values()))]
     return [tensor.clone() for tensor in kept]
 
 
@@ -105,7 +106,7 @@ def test_overfit_names_what_does_not_learn_and_only_that(tmp_path):
 
 
 def test_overfit_ignores_the_schedule_and_ends_where_the_loss_is_not_finite(tmp_path):
-    held = trainer(Scale(), tmp_path, optimizer=Optimizer("sgd", lr=0.25), schedule=Schedule("constant", warmup=1000))
+    held = trainer(Scale(), tmp_path, optimizer=Optimizer("sgd", lr=0.25), schedule=Schedule("constant", warmup=50))
     # w - 1 is halved by every update
     assert overfit(held, batch(), 3).losses["model"] == pytest.approx([1, 1 / 4, 1 / 16, 1 / 64])
     wild = trainer(Scale(), tmp_path, optimizer=Optimizer("sgd", lr=1e25))
@@ -150,9 +151,10 @@ def test_two_parts_have_two_curves(tmp_path):
     assert found.unmoved == found.no_gradient == []
 
 
+@pytest.mark.parametrize("average", [{"ema": 0.9}, {"swa": Averaging(1)}])
 @pytest.mark.parametrize("model", [Plane, Pair])
-def test_no_experiment_leaves_a_trace(tmp_path, model):
-    held = trainer(model(), tmp_path, update=Update(ema=0.9))
+def test_no_experiment_leaves_a_trace(tmp_path, model, average):
+    held = trainer(model(), tmp_path, update=Update(**average))
     held.model.eval()
     held.train_step([batch()])
     held.model.eval()

@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -11,6 +11,7 @@ import psutil
 import torch
 from torch import nn
 
+from vision3dgen.backbones import Backbone
 from vision3dgen.config import construct
 from vision3dgen.datasets import collate
 from vision3dgen.doctor.finding import Finding, Verdict
@@ -32,6 +33,7 @@ from vision3dgen.engine import (
 )
 from vision3dgen.engine.loading import make_loader
 from vision3dgen.experiment import Experiment
+from vision3dgen.layers import measure_receptive_field
 from vision3dgen.viz import PALETTE, figure_of, save_figure
 
 INITIAL_TOLERANCE = 0.25  # of the theoretical value
@@ -294,6 +296,25 @@ def check_memory(subject: Subject) -> list[Finding]:
     return [Finding("memory", verdict, "\n".join(rows), fix, values)]
 
 
+def check_receptive_field(subject: Subject) -> list[Finding]:
+    """Size, stride and receptive field of each map of the backbone, at the size of the training images."""
+    model = subject.trainer.model
+    backbone = next((module for module in model.modules() if isinstance(module, Backbone)), None)
+    batch = next(subject.batches(1)) if backbone is not None else {}
+    if backbone is None or "image" not in batch:
+        return [Finding("receptive field", "info", "the model has no backbone that takes images")]
+    sides = tuple(batch["image"].shape[2:])
+    reaches = measure_receptive_field(backbone, sides, channels=backbone.in_channels)
+    rows = [f"of the {len(reaches)} maps of {type(backbone).__name__} from images of {_by(sides)}"]
+    for reach, channels, stride in zip(reaches, backbone.channels, backbone.strides):
+        cut = "" if all(reach.complete) else ", cut off by the border"
+        rows.append(
+            f"stride {stride:2}: {channels:4} channels, {_by(reach.size):7} places, field {_by(reach.field)}{cut}"
+        )
+    values = {"maps": [reach._asdict() | {"field": reach.field} for reach in reaches]}
+    return [Finding("receptive field", "info", "\n".join(rows), values=values)]
+
+
 TRAINING_CHECKS: list[Callable[[Subject], list[Finding]]] = [
     check_model,
     check_initial_loss,
@@ -301,6 +322,7 @@ TRAINING_CHECKS: list[Callable[[Subject], list[Finding]]] = [
     check_learning_rate,
     check_data_loading,
     check_memory,
+    check_receptive_field,
 ]
 
 _PEAK = {"cuda": "allocated on the device", "cpu": "resident in this process"}
@@ -384,6 +406,10 @@ def _choose_device(device: str | None) -> None:
 
 def _free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def _by(sides: Sequence[int]) -> str:
+    return " x ".join(map(str, sides))
 
 
 def _mib(count: float) -> str:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vision3dgen.engine.loading import Data, ShuffleSampler, make_loader, to_device
-from vision3dgen.engine.optim import Schedule
+from vision3dgen.engine.optim import Schedule, train_mode
 from vision3dgen.engine.seeding import preserved_rng, seed_all
 from vision3dgen.engine.settings import PRECISIONS
 from vision3dgen.engine.trainer import Trainer
@@ -66,18 +66,18 @@ class Memory(NamedTuple):
 @contextmanager
 def restored(trainer: Trainer) -> Iterator[None]:
     """Whatever trains inside, the trainer outside is what it was; inside, training mode and the trainer's own seed."""
-    model, ema = trainer.model, trainer.ema
-    modules = [model, *([ema.module] if ema else [])]
-    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    model, average = trainer.model, trainer.average
+    kept = [model, *([average.module] if average else [])]
+    tensors = [tensor for module in kept for tensor in (*module.parameters(), *module.buffers())]
     before = [tensor.detach().clone() for tensor in tensors]
     modes = {module: module.training for module in model.modules()}
     optimizers = {part: copy.deepcopy(optimizer.state_dict()) for part, optimizer in trainer.optimizers.items()}
-    scaler, updates = trainer.scaler.state_dict(), ema.updates if ema else 0
+    scaler, averaged = trainer.scaler.state_dict(), average.state_dict() if average else {}
     lrs, schedules, step = dict(trainer.lrs), dict(trainer.schedules), trainer.step
     try:
         with preserved_rng():
             seed_all(trainer.seed)
-            model.train()
+            train_mode(model)
             yield
     finally:
         with torch.no_grad():
@@ -89,8 +89,8 @@ def restored(trainer: Trainer) -> Iterator[None]:
             optimizer.load_state_dict(optimizers[part])
             optimizer.zero_grad()
         trainer.scaler.load_state_dict(scaler)
-        if ema:
-            ema.updates = updates
+        if average:
+            average.load_state_dict(averaged)
         trainer.lrs, trainer.schedules, trainer.step = lrs, schedules, step
 
 
@@ -155,8 +155,9 @@ def range_test(
 
     Source: Smith 2017, Cyclical Learning Rates (arXiv:1506.01186), section 3.3. Differs: the sweep is exponential and
     watches the training loss, as is usual since. It ends where the running mean of the loss exceeds its first value by
-    half of that value and half of what it had fallen by, or where the loss is not finite. Smoothing is a centred mean
-    over a tenth of the sweep, so that the suggested rate is not late. Needs a model of one part.
+    half of that value and half of what it had fallen by, or where the loss is not finite; it has diverged from where the
+    smoothed loss, after its minimum, is above its first value. Smoothing is a centred mean over a tenth of the sweep, so
+    that what is read off is not late. Needs a model of one part.
     """
     _check_steps(steps)
     if len(trainer.parts) != 1:
@@ -187,6 +188,9 @@ def range_test(
                 break
     lrs = sweep[: len(losses)]
     smoothed = _centred_mean(losses, max(steps // 10, 3))
+    if diverged is not None and losses:
+        bottom = int(np.argmin(smoothed))
+        diverged = next((lr for lr, loss in zip(lrs[bottom:], smoothed[bottom:]) if loss > smoothed[0]), diverged)
     return RangeTest(lrs, losses, smoothed, norms, *_fall(lrs, smoothed), diverged)
 
 

@@ -325,7 +325,7 @@ def figure_of(panels: int) -> tuple[Any, list[Any]]:
     for axis in axes[:panels]:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.6)
-        axis.tick_params(labelsize=8)
+        axis.tick_params(which="both", labelsize=8)
         axis.title.set_fontsize(10)
         axis.xaxis.label.set_fontsize(8)
     return figure, axes[:panels]
