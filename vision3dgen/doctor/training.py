@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,9 +122,11 @@ def examine_experiment(
     for check in TRAINING_CHECKS:
         try:
             findings += check(subject)
-        except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
+        except Exception as error:  # the model's and the data's own code runs here: whatever it raises is the finding
             name = check.__name__.removeprefix("check_").replace("_", " ")
-            findings.append(Finding(name, "fail", f"{type(error).__name__}: {error}"))
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{place.filename}, line {place.lineno}"
+            findings.append(Finding(name, "fail", f"{type(error).__name__}: {error}", f"look at {where}"))
     if out is not None:
         draw(subject.curves, out / "doctor.png")
         findings.append(Finding("picture", "info", str(out / "doctor.png")))
@@ -395,11 +398,11 @@ def _choose_device(device: str | None) -> None:
     """Make accelerate, which places a trainer, take this device."""
     if device is None:
         return
-    chosen = torch.device(device)
-    if chosen.type == "cpu":
+    kind, _, index = device.partition(":")
+    if kind == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    elif chosen.type == "cuda" and torch.cuda.is_available():
-        torch.cuda.set_device(chosen.index or 0)
+    elif kind == "cuda" and int(index or 0) < torch.cuda.device_count():
+        torch.cuda.set_device(int(index or 0))
     else:
         raise ValueError(f"device must be cpu, or cuda or cuda:N where there is one, got {device!r}")
 

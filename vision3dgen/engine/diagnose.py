@@ -155,9 +155,9 @@ def range_test(
 
     Source: Smith 2017, Cyclical Learning Rates (arXiv:1506.01186), section 3.3. Differs: the sweep is exponential and
     watches the training loss, as is usual since. It ends where the running mean of the loss exceeds its first value by
-    half of that value and half of what it had fallen by, or where the loss is not finite; it has diverged from where the
-    smoothed loss, after its minimum, is above its first value. Smoothing is a centred mean over a tenth of the sweep, so
-    that what is read off is not late. Needs a model of one part.
+    half of that value and half of what it had fallen by, or where the loss is not finite; it has diverged from where
+    the smoothed loss, after its minimum, is above its first value. Smoothing is a centred mean over a tenth of the
+    sweep, so that what is read off is not late. Needs a model of one part.
     """
     _check_steps(steps)
     if len(trainer.parts) != 1:
