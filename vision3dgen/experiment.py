@@ -59,6 +59,7 @@ class Experiment:
     data: a dataset by name and its arguments, without the split. splits: arguments that differ for train, val or test.
     model: a model by name and its arguments; those named in `PARTS` (a `backbone`, a `head`) are objects by name too.
     trainer: arguments of `engine.Trainer`. evaluation: one of `EVALUATIONS` by name and its arguments, else shapes.
+    weights: by module of the model, the run folder or file that its first weights come from.
     prepare: data to make first, by name and arguments, unless it is there.
     """
 
@@ -68,6 +69,7 @@ class Experiment:
     loader: Loader
     evaluation: Annotated[Evaluator, Named(EVALUATIONS, "shapes")] = field(default_factory=ShapeEvaluator)
     splits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    weights: Mapping[str, Path] = field(default_factory=dict)
     prepare: Mapping[str, Any] | None = None
     seed: int = 0
 
@@ -164,9 +166,10 @@ class Run:
             collate,
             experiment.loader.num_workers,
         )
-        given: dict[str, Any] = dict(
-            zip(GIVEN_TO_TRAINER, (experiment.build_model(), data, self.folder, experiment.seed))
-        )
+        model = experiment.build_model()
+        for name, source in experiment.weights.items():
+            engine.load_module(model, name, source)
+        given: dict[str, Any] = dict(zip(GIVEN_TO_TRAINER, (model, data, self.folder, experiment.seed)))
         trainer = construct(Trainer, experiment.trainer, where="trainer", **given)
         return trainer.fit(self._validation() if trainer.validation else None, resume=resume)
 

@@ -1,9 +1,18 @@
-"""ShapeNet-style data: made (`PREPARE`), read (`DATASETS`), joined into batches (`collate`)."""
+"""Data: made (`PREPARE`), read (`DATASETS`), joined into batches (`collate`)."""
 
 from collections.abc import Callable
 from typing import Any
 
 from vision3dgen.datasets.collate import collate as collate
+from vision3dgen.datasets.images import CIFAR10 as CIFAR10
+from vision3dgen.datasets.images import CIFAR100 as CIFAR100
+from vision3dgen.datasets.images import MNIST as MNIST
+from vision3dgen.datasets.images import Classification as Classification
+from vision3dgen.datasets.images import FashionMNIST as FashionMNIST
+from vision3dgen.datasets.images import ImageFolder as ImageFolder
+from vision3dgen.datasets.images import ImageList as ImageList
+from vision3dgen.datasets.images import read_idx as read_idx
+from vision3dgen.datasets.images import resize_crop as resize_crop
 from vision3dgen.datasets.manifest import SplitManifest as SplitManifest
 from vision3dgen.datasets.prepare import Prepared as Prepared
 from vision3dgen.datasets.prepare import prepare_meshes as prepare_meshes
@@ -12,5 +21,13 @@ from vision3dgen.datasets.procedural import CATEGORIES as CATEGORIES
 from vision3dgen.datasets.procedural import make_shape as make_shape
 from vision3dgen.datasets.shapenet import ShapeNet as ShapeNet
 
-DATASETS: dict[str, Callable[..., Any]] = {"shapenet": ShapeNet}
+DATASETS: dict[str, Callable[..., Any]] = {
+    "shapenet": ShapeNet,
+    "mnist": MNIST,
+    "fashion_mnist": FashionMNIST,
+    "cifar10": CIFAR10,
+    "cifar100": CIFAR100,
+    "image_folder": ImageFolder,
+    "image_list": ImageList,
+}
 PREPARE: dict[str, Callable[..., Any]] = {"procedural": prepare_procedural, "meshes": prepare_meshes}

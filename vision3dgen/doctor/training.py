@@ -29,6 +29,7 @@ from vision3dgen.engine import (
     overfit,
     peak_bytes,
     range_test,
+    restored,
     step_rate,
     to_device,
 )
@@ -159,7 +160,8 @@ def check_initial_loss(subject: Subject) -> list[Finding]:
     if bad:
         return [Finding("initial loss", "fail", f"{losses} before any update", "look for a division by 0", values)]
     shown = ", ".join(f"{loss:.4g}" + (f" ({part})" if len(losses) > 1 else "") for part, loss in losses.items())
-    stated = [_expected(trainer.model, to_device(batch, trainer.device)) for batch in batches]
+    with restored(trainer):
+        stated = [_expected(trainer.model, to_device(batch, trainer.device)) for batch in batches]
     if len(losses) > 1 or any(value is None for value in stated):
         return [Finding("initial loss", "info", f"{shown}; the model states no theoretical value", values=values)]
     (loss,) = losses.values()

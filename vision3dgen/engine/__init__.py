@@ -50,3 +50,4 @@ from vision3dgen.engine.trainer import Objective as Objective
 from vision3dgen.engine.trainer import Result as Result
 from vision3dgen.engine.trainer import Trainer as Trainer
 from vision3dgen.engine.trainer import main_process_first as main_process_first
+from vision3dgen.engine.transfer import load_module as load_module

@@ -10,6 +10,13 @@ from vision3dgen.metrics.evaluator import Scores as Scores
 from vision3dgen.metrics.evaluator import ShapeEvaluator as ShapeEvaluator
 from vision3dgen.metrics.protocols import PROTOCOLS as PROTOCOLS
 from vision3dgen.metrics.protocols import Protocol as Protocol
+from vision3dgen.metrics.recognition import ClassEvaluator as ClassEvaluator
+from vision3dgen.metrics.recognition import ClassScores as ClassScores
+from vision3dgen.metrics.recognition import confusion_matrix as confusion_matrix
+from vision3dgen.metrics.recognition import rank_of_label as rank_of_label
+from vision3dgen.metrics.recognition import summarize_classes as summarize_classes
+from vision3dgen.metrics.recognition import top_k_accuracy as top_k_accuracy
+from vision3dgen.metrics.recognition import wilson as wilson
 from vision3dgen.metrics.shape import ShapeScore as ShapeScore
 from vision3dgen.metrics.shape import SurfaceDistances as SurfaceDistances
 from vision3dgen.metrics.shape import chamfer as chamfer
@@ -20,4 +27,4 @@ from vision3dgen.metrics.shape import score_shape as score_shape
 from vision3dgen.metrics.shape import surface_distances as surface_distances
 from vision3dgen.metrics.shape import voxel_iou as voxel_iou
 
-EVALUATIONS: dict[str, type[Evaluator]] = {"shapes": ShapeEvaluator}
+EVALUATIONS: dict[str, type[Evaluator]] = {"shapes": ShapeEvaluator, "classes": ClassEvaluator}

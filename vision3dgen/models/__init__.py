@@ -1,4 +1,4 @@
-"""Assemblies of backbones and heads, and the baselines they are held against."""
+"""Assemblies of backbones and heads, classifiers, and the baselines they are held against."""
 
 from torch import nn
 
@@ -6,8 +6,19 @@ from vision3dgen.models.baselines import MeanShape as MeanShape
 from vision3dgen.models.baselines import OracleNeighbor as OracleNeighbor
 from vision3dgen.models.baselines import Retrieval as Retrieval
 from vision3dgen.models.baselines import ShapeLibrary as ShapeLibrary
+from vision3dgen.models.recognition import Classifier as Classifier
+from vision3dgen.models.recognition import FullyConnected as FullyConnected
+from vision3dgen.models.recognition import LinearClassifier as LinearClassifier
+from vision3dgen.models.recognition import NearestNeighbors as NearestNeighbors
+from vision3dgen.models.recognition import Neighbors as Neighbors
+from vision3dgen.models.recognition import Recognition as Recognition
 from vision3dgen.models.single_view import IMAGENET_MEAN as IMAGENET_MEAN
 from vision3dgen.models.single_view import IMAGENET_STD as IMAGENET_STD
 from vision3dgen.models.single_view import SingleView as SingleView
 
-MODELS: dict[str, type[nn.Module]] = {"single_view": SingleView}
+MODELS: dict[str, type[nn.Module]] = {
+    "single_view": SingleView,
+    "linear_classifier": LinearClassifier,
+    "fully_connected": FullyConnected,
+    "classifier": Classifier,
+}

@@ -8,6 +8,10 @@ from vision3dgen.viz.gallery import reconstruction_gallery as reconstruction_gal
 from vision3dgen.viz.gallery import save_figure as save_figure
 from vision3dgen.viz.gallery import threshold_curve as threshold_curve
 from vision3dgen.viz.offscreen import OffscreenError as OffscreenError
+from vision3dgen.viz.recognition import class_accuracy_figure as class_accuracy_figure
+from vision3dgen.viz.recognition import class_templates as class_templates
+from vision3dgen.viz.recognition import confusion_figure as confusion_figure
+from vision3dgen.viz.recognition import mistakes as mistakes
 from vision3dgen.viz.scene import PALETTE as PALETTE
 from vision3dgen.viz.scene import TRUTH_COLOR as TRUTH_COLOR
 from vision3dgen.viz.scene import Job as Job

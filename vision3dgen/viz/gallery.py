@@ -310,15 +310,20 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return (total[stop] - total[start]) / (stop - start)
 
 
-def figure_of(panels: int) -> tuple[Any, list[Any]]:
-    """A figure without a window and its axes, at most four in a row."""
+def empty_figure(width: float, height: float) -> Any:
+    """A matplotlib figure of so many inches, without a window."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('figures need matplotlib: pip install "vision3dgen[viz]"') from error
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def figure_of(panels: int) -> tuple[Any, list[Any]]:
+    """A figure without a window and its axes, at most four in a row."""
     columns = min(panels, 4)
     rows = math.ceil(panels / columns)
-    figure = Figure(figsize=(3.4 * columns, 2.7 * rows), dpi=150, layout="constrained")
+    figure = empty_figure(3.4 * columns, 2.7 * rows)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes[panels:]:
         axis.remove()
@@ -338,7 +343,7 @@ def _legend(figure: Any, axes: Sequence[Any]) -> None:
 
 
 def save_figure(figure: Any, path: PathLike) -> None:
-    """Write a figure as PNG, PDF or SVG, by the path's suffix, atomically."""
+    """Write a matplotlib figure as PNG, PDF or SVG, atomically."""
     suffix = Path(path).suffix.lower().lstrip(".") or "png"
     if suffix not in ("png", "pdf", "svg"):
         raise ValueError(f"{path}: figures are written as .png, .pdf or .svg, not .{suffix}")
