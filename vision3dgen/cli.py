@@ -102,6 +102,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--out", type=Path, help="folder for doctor.json, and doctor.png of an experiment")
     _device(doctor)
+
+    sweep = _command(
+        commands, "sweep", _sweep, "search hyper-parameters: many runs, a table and a picture",
+        "vision3dgen sweep configs/X.yaml --space space.yaml --trials 20 --out runs/sweep",
+    )  # fmt: skip
+    _configured(sweep)
+    sweep.add_argument("--space", type=Path, required=True, help="YAML file: dotted keys and what values they may take")
+    sweep.add_argument("--trials", type=int, help="how many (a grid has as many as it has combinations)")
+    sweep.add_argument("--search", default="random", help="random, grid or halving (default: random)")
+    sweep.add_argument("--metric", help="key of metrics.jsonl (default: val/ and trainer.validation.metric)")
+    sweep.add_argument("--mode", help="max or min (default: trainer.validation.mode)")
+    sweep.add_argument("--out", type=Path, required=True, help="folder of the sweep; the same command goes on with it")
+    sweep.add_argument("--seed", type=int, default=0, help="of the values drawn, not of the runs (default: 0)")
+    sweep.add_argument("--address", help="of a Ray cluster (default: this machine alone)")
+    sweep.add_argument(
+        "--cpus-per-trial", type=float, default=1, help="how many trials run at once follows (default: 1)"
+    )
+    sweep.add_argument("--gpus-per-trial", type=float, help="may be a fraction (default: 1 if there is one)")
     return parser
 
 
@@ -228,6 +246,27 @@ def _doctor(options: argparse.Namespace) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         doctor.write_findings(findings, options.out / "doctor.json")
     return 0 if doctor.is_sound(findings) else 1
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from vision3dgen.sweep import Source, Sweep
+
+    sweep = Sweep.create(
+        options.out,
+        Source(options.config, options.overrides, options.preset),
+        options.space,
+        trials=options.trials,
+        search=options.search,
+        metric=options.metric,
+        mode=options.mode,
+        seed=options.seed,
+    )
+    trials = sweep.run(address=options.address, cpus=options.cpus_per_trial, gpus=options.gpus_per_trial)
+    print((options.out / "table.md").read_text(encoding="utf-8"), end="")
+    waiting = sum(trial.status == "waiting" for trial in trials)
+    if waiting:
+        print(f"{waiting} trials have not run: the same command goes on with them")
+    return 1 if waiting or any(trial.status == "failed" for trial in trials) else 0
 
 
 if __name__ == "__main__":

@@ -129,7 +129,10 @@ def check_optional() -> list[Finding]:
     except metadata.PackageNotFoundError:
         return []
     found = []
-    for requirement, extra in {each.requirement.name: each for each in optional}.values():
+    once: dict[str, Needed] = {}
+    for each in optional:
+        once.setdefault(each.requirement.name, each)
+    for requirement, extra in once.values():
         assert extra is not None
         name, version, fix = requirement.name, _version(requirement.name), f'pip install "vision3dgen[{extra}]"'
         if version is None:

@@ -36,6 +36,14 @@ from vision3dgen.engine.optim import freeze as freeze
 from vision3dgen.engine.optim import layerwise_scales as layerwise_scales
 from vision3dgen.engine.optim import lr_factor as lr_factor
 from vision3dgen.engine.optim import recompute_batch_norm as recompute_batch_norm
+from vision3dgen.engine.search import Choice as Choice
+from vision3dgen.engine.search import Distribution as Distribution
+from vision3dgen.engine.search import Integer as Integer
+from vision3dgen.engine.search import Space as Space
+from vision3dgen.engine.search import Uniform as Uniform
+from vision3dgen.engine.search import distribution as distribution
+from vision3dgen.engine.search import grid_trials as grid_trials
+from vision3dgen.engine.search import random_trials as random_trials
 from vision3dgen.engine.seeding import seed_all as seed_all
 from vision3dgen.engine.settings import Averaging as Averaging
 from vision3dgen.engine.settings import Penalty as Penalty
