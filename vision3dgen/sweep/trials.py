@@ -7,16 +7,13 @@ OUT/table.md         the trials, best first; table.jsonl holds the same
 OUT/trials.png       the metric against each key
 OUT/ray/             Ray Tune's own records
 
-Ray Tune places the trials and, in a halving search, stops the worst. Which values a trial has is decided here, by seed
-and number, so that it depends neither on how many run at once nor on what ended first.
+Which values a trial has is decided by seed and number, so that it depends neither on how many run at once nor on what
+ended first.
 """
 
 import json
-import math
 import os
-import shutil
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,12 +23,11 @@ import torch
 from vision3dgen.checks import check_choice
 from vision3dgen.config import Config, ConfigError, construct, load, load_flat, save
 from vision3dgen.engine import Distribution, Space, Uniform, distribution, grid_trials, random_trials, read_metrics
-from vision3dgen.experiment import Experiment, Run
+from vision3dgen.experiment import Experiment
 from vision3dgen.files import atomic_write
 from vision3dgen.viz import PALETTE, figure_of, save_figure
 
 SEARCHES = ("random", "grid", "halving")
-REDUCTION = 3  # a rung of a halving search keeps the best third; rungs are that many times apart
 NO_RAY = 'vision3dgen sweep needs Ray Tune, and matplotlib for its picture: pip install "vision3dgen[cluster]"'
 
 
@@ -132,9 +128,16 @@ class Sweep:
         cluster the sweep's folder, the data and the working directory must be at the same place on every machine. A
         trial that fails is kept with its error; run again, it is tried again. Raises ImportError where Ray is missing.
         """
-        tune = _import_tune()
+        try:
+            import matplotlib  # noqa: F401 (missing, it should be said before the first trial)
+
+            from vision3dgen.sweep import ray_tune
+        except ImportError as error:
+            raise ImportError(f"{NO_RAY} ({error})") from error
         construct(Experiment, self.source.config()).prepare_data()
-        _run_with_ray(self, tune, address, cpus, float(torch.cuda.is_available()) if gpus is None else gpus, say)
+        ray_tune.run(
+            self, address=address, cpus=cpus, gpus=float(torch.cuda.is_available()) if gpus is None else gpus, say=say
+        )
         self.write()
         return self.trials()
 
@@ -250,149 +253,6 @@ def draw(trials: Sequence[Trial], space: Space, metric: str, path: Path) -> None
     lines = {text: handle for axis in axes for handle, text in zip(*axis.get_legend_handles_labels())}
     figure.legend(lines.values(), lines, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     save_figure(figure, path)
-
-
-# --------------------------------------------------------------------------------------------------- on Ray Tune
-
-
-def _import_tune() -> Any:
-    try:
-        import matplotlib  # noqa: F401 (missing, it should be said before the first trial)
-        from ray import tune
-    except ImportError as error:
-        raise ImportError(f"{NO_RAY} ({error})") from error
-    return tune
-
-
-def _run_with_ray(
-    sweep: Sweep, tune: Any, address: str | None, cpus: float, gpus: float, say: Callable[[str], None]
-) -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked to be counted
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # a run folder has its own log
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
-    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
-
-    done = {t.number for t in sweep.trials() if t.status in ("finished", "stopped")}
-    # A halving search judges against those that have ended: they are heard again first, and not trained.
-    heard = sorted(done) if sweep.search == "halving" else []
-    numbers = heard + [number for number in range(len(sweep.plan)) if number not in done]
-    if len(done) == len(sweep.plan):
-        say(f"all {len(done)} trials have ended already")
-        return
-    scheduler = FIFOScheduler()
-    if sweep.search == "halving":
-        scheduler = ASHAScheduler(  # ends by the trial itself, so no rung is the last
-            time_attr="step", metric=sweep.metric, mode=sweep.mode, grace_period=sweep.every or 1, max_t=2**40,
-            reduction_factor=REDUCTION,
-        )  # fmt: skip
-    ours = not ray.is_initialized()
-    if ours:
-        where: dict[str, Any] = {"address": address} if address else {"include_dashboard": False}
-        ray.init(log_to_driver=False, **where)
-    shutil.rmtree(sweep.folder / "ray", ignore_errors=True)  # of an earlier start; all that counts is in trials/
-    job = tune.with_parameters(
-        _train,
-        jobs={number: sweep.source.config(sweep.plan[number]) for number in numbers},
-        places={number: sweep.place(number).absolute() for number in numbers},
-        metric=sweep.metric,
-        done=done,
-        threads=max(int(cpus), 1),
-        directory=os.getcwd(),
-    )
-    try:
-        tune.Tuner(
-            tune.with_resources(job, {"cpu": cpus, "gpu": gpus}),
-            param_space={"trial": tune.grid_search(numbers)},
-            tune_config=tune.TuneConfig(scheduler=scheduler),
-            run_config=tune.RunConfig(
-                name="tune",
-                storage_path=str((sweep.folder / "ray").absolute()),
-                callbacks=[_listener(sweep, tune, done, say)],
-                verbose=0,
-            ),
-        ).fit()
-    finally:
-        if ours:
-            ray.shutdown()
-
-
-def _train(
-    config: Mapping[str, Any],
-    *,
-    jobs: Mapping[int, Config],
-    places: Mapping[int, Path],
-    metric: str,
-    done: Iterable[int],
-    threads: int,
-    directory: str,
-) -> None:
-    """One trial, in a process of Ray's."""
-    from ray import tune
-
-    number = config["trial"]
-    os.chdir(directory)  # relative paths of the configuration mean what they mean to the command
-    torch.set_num_threads(threads)  # rounding depends on their number
-
-    def report(record: Mapping[str, Any]) -> None:
-        value = record.get(metric)
-        if value is not None and math.isfinite(value):
-            tune.report({metric: value, "step": int(record["step"]), "ended": False})
-
-    place = places[number]
-    if (place / "metrics.jsonl").exists():
-        for record in read_metrics(place):
-            report(record)
-    if number not in done:
-        run = Run.create(place, jobs[number])
-        run.experiment.prepare_data()
-        run.train(resume=True, report=report)
-    log = read_metrics(place)
-    measured = [entry for entry in log if entry.get(metric) is not None]
-    if not measured:
-        raise ValueError(f"the log has no {metric!r}; it has {sorted({key for entry in log for key in entry})}")
-    tune.report({metric: measured[-1][metric], "step": int(log[-1]["step"]), "ended": True})
-
-
-def _listener(sweep: Sweep, tune: Any, done: set[int], say: Callable[[str], None]) -> Any:
-    """Writes trial.json, and tells, as trials end."""
-    started, ended = time.monotonic(), len(done)
-
-    def tell(trial: Trial) -> None:
-        nonlocal ended
-        ended += 1
-        value = "no value" if trial.value is None else f"{sweep.metric} {trial.value:.4g}"
-        sweep.write()
-        best = sweep.trials()[0]
-        top = "" if best.value is None else f"; best {best.value:.4g}, trial {best.number}"
-        about = trial.error or ", ".join(as_overrides(trial.values))
-        say(
-            f"{ended}/{len(sweep.plan)} after {time.monotonic() - started:.0f} s: trial {trial.number} {trial.status} "
-            f"at step {trial.step}, {value} ({about}){top}"
-        )
-
-    class Listener(tune.Callback):
-        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            number = trial.config["trial"]
-            if number not in done:
-                tell(sweep.record(number, "finished" if trial.last_result.get("ended") else "stopped"))
-
-        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            number = trial.config["trial"]
-            if number not in done:
-                tell(sweep.record(number, "failed", _reason(trial)))
-
-    return Listener()
-
-
-def _reason(trial: Any) -> str:
-    """The error of a Ray trial in one line."""
-    error = trial.get_pickled_error()
-    error = getattr(error, "cause", None) or error
-    if error is None:
-        return "its process died"
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
 
 
 def _claim(folder: Path, config: Config, settings: Mapping[str, Any]) -> None:
