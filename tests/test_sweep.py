@@ -268,6 +268,7 @@ def test_a_trial_that_fails_is_listed_and_the_others_go_on(files, capsys):
     assert "fewer than one batch of 64" in told
     made = Sweep.create(files / "out", source(files), files / "space.yaml", search="grid")
     assert [trial.status for trial in made.trials()] == ["finished", "failed"]
+    assert "Traceback" in (made.place(1) / "error.txt").read_text()
 
 
 @with_ray

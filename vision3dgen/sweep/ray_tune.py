@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from vision3dgen.engine import read_metrics
 from vision3dgen.experiment import Run
 from vision3dgen.sweep.trials import Sweep, Trial, as_overrides
 
+DIED = "its process died: out of memory, or killed"
 REDUCTION = 3  # a rung of a halving search keeps the best third; rungs are that many times apart
 
 
@@ -48,6 +50,7 @@ def run(sweep: Sweep, *, address: str | None, cpus: float, gpus: float, say: Cal
     if ours:
         where: dict[str, Any] = {"address": address} if address else {"include_dashboard": False}
         ray.init(log_to_driver=False, logging_level=logging.WARNING, **where)
+    logging.getLogger("ray.tune.execution.tune_controller").setLevel(logging.CRITICAL)  # errors are in error.txt
     shutil.rmtree(sweep.folder / "ray", ignore_errors=True)  # of an earlier start; all that counts is in trials/
     job = tune.with_parameters(
         _train,
@@ -85,28 +88,35 @@ def _train(
     threads: int,
     directory: str,
 ) -> None:
-    """One trial, in a process of Ray's."""
+    """One trial, in a process of Ray's; its error, if any, is left in error.txt of the run folder."""
     number = config["trial"]
+    place = places[number]
     os.chdir(directory)  # relative paths of the configuration mean what they mean to the command
     torch.set_num_threads(threads)  # rounding depends on their number
+    (place / "error.txt").unlink(missing_ok=True)
 
     def report(record: Mapping[str, Any]) -> None:
         value = record.get(metric)
         if value is not None and math.isfinite(value):
             tune.report({metric: value, "step": int(record["step"]), "ended": False})
 
-    place = places[number]
-    if (place / "metrics.jsonl").exists():
-        for record in read_metrics(place):
-            report(record)
-    if number not in done:
-        run = Run.create(place, jobs[number])
-        run.experiment.prepare_data()
-        run.train(resume=True, report=report)
-    log = read_metrics(place)
-    measured = [entry for entry in log if entry.get(metric) is not None]
-    if not measured:
-        raise ValueError(f"the log has no {metric!r}; it has {sorted({key for entry in log for key in entry})}")
+    try:
+        if (place / "metrics.jsonl").exists():
+            for record in read_metrics(place):
+                report(record)
+        if number not in done:
+            run = Run.create(place, jobs[number])
+            run.experiment.prepare_data()
+            run.train(resume=True, report=report)
+        log = read_metrics(place)
+        measured = [entry for entry in log if entry.get(metric) is not None]
+        if not measured:
+            raise ValueError(f"the log has no {metric!r}; it has {sorted({key for entry in log for key in entry})}")
+    except Exception as error:
+        place.mkdir(parents=True, exist_ok=True)
+        lines = [f"{type(error).__name__}: {error}\n", "\n", *traceback.format_exception(error)]
+        (place / "error.txt").write_text("".join(lines), encoding="utf-8")
+        raise
     tune.report({metric: measured[-1][metric], "step": int(log[-1]["step"]), "ended": True})
 
 
@@ -121,7 +131,8 @@ class Listener(tune.Callback):
         self._record(trial, "finished" if trial.last_result.get("ended") else "stopped")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._record(trial, "failed", _reason(trial))
+        told = self.sweep.place(trial.config["trial"]) / "error.txt"
+        self._record(trial, "failed", told.read_text(encoding="utf-8").splitlines()[0] if told.exists() else DIED)
 
     def _record(self, trial: Any, status: str, error: str | None = None) -> None:
         number = trial.config["trial"]
@@ -139,13 +150,3 @@ class Listener(tune.Callback):
             f"{self.ended}/{len(self.sweep.plan)} after {time.monotonic() - self.started:.0f} s: trial {trial.number} "
             f"{trial.status} at step {trial.step}, {value} ({about}){top}"
         )
-
-
-def _reason(trial: Any) -> str:
-    """The error of a Ray trial in one line."""
-    error = trial.get_pickled_error()
-    error = getattr(error, "cause", None) or error
-    if error is None:
-        return "its process died"
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"

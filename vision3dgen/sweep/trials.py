@@ -2,7 +2,7 @@
 
 OUT/config.yaml      the configuration that the trials vary
 OUT/sweep.json       space, search, seed, metric: what makes it this sweep
-OUT/trials/0007/     a run folder like any other, and trial.json: values, status, best value of the metric
+OUT/trials/0007/     a run folder like any other, and trial.json: values, status, best value of the metric; error.txt
 OUT/table.md         the trials, best first; table.jsonl holds the same
 OUT/trials.png       the metric against each key
 OUT/ray/             Ray Tune's own records
