@@ -1,6 +1,7 @@
 """Doctor: each fault it should find is planted, and sound things are called sound."""
 
 import json
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -348,3 +349,15 @@ def test_a_fault_of_the_configuration_stops_doctor(tmp_path, capsys):
     assert "did you mean 'steps'" in capsys.readouterr().err
     assert cli.main(["doctor", str(tmp_path / "config.yaml"), "--device", "tpu"]) == 2
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("page", ["doctor.md", "sweep.md"])
+def test_the_python_of_the_pages_runs(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[1] / "docs" / page).read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(block, {"__name__": "page"})
+    if page == "doctor.md":
+        assert "['forgotten.weight', 'forgotten.bias']" in capsys.readouterr().out

@@ -13,7 +13,7 @@ import pytest
 
 from vision3dgen import cli
 from vision3dgen.config import ConfigError, load, load_flat
-from vision3dgen.engine import Choice, Uniform, read_metrics
+from vision3dgen.engine import Choice, Uniform, latest, read_metrics
 from vision3dgen.experiment import Run
 from vision3dgen.files import read_jsonl
 from vision3dgen.sweep import Source, Sweep, Trial, as_overrides, draw, read_space, table
@@ -211,6 +211,20 @@ def test_without_ray_the_error_says_what_to_install(files, monkeypatch, capsys):
     arguments = ["sweep", str(files / "config.yaml"), "--space", str(files / "space.yaml"), "--trials", "2"]
     assert cli.main([*arguments, "--out", str(files / "out")]) == 2
     assert 'pip install "vision3dgen[cluster]"' in capsys.readouterr().err
+
+
+def test_training_reports_each_record_once_its_checkpoint_is_there(files, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    heard = []
+
+    def report(record):
+        newest = latest(files / "run")
+        heard.append((dict(record), newest.name if newest else None))
+
+    Run.create(files / "run", load(files / "config.yaml")).train(report=report)
+    assert [record for record, _ in heard] == read_metrics(files / "run")
+    assert {record["step"]: name for record, name in heard}[12] == "step_00000012"
+    assert {record["step"]: name for record, name in heard}[4] == "step_00000004"
 
 
 # ------------------------------------------------------------------------------------------------------ with Ray
