@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from vision3dgen import config
 from vision3dgen.engine import (
+    Averaging,
     Data,
     Objective,
     Optimizer,
+    Penalty,
     Record,
     Schedule,
     ShuffleSampler,
@@ -176,6 +178,74 @@ def test_frozen_parameters_stay(tmp_path: Path):
     assert run.model.line.weight.item() != 0
 
 
+def test_an_l2_penalty_is_weight_decay_for_sgd(tmp_path: Path):
+    runs = [
+        trainer(tmp_path / "decay", optimizer=Optimizer("sgd", lr=0.1, weight_decay=0.3)),
+        trainer(tmp_path / "penalty", update=Update(penalty=Penalty(l2=0.3)), record=Record(log_every=1)),
+        trainer(tmp_path / "neither"),
+    ]
+    weights = []
+    for run in runs:
+        run.fit()
+        weights.append(torch.cat([p.detach().flatten() for p in run.model.parameters()]))
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-12, atol=0)
+    assert not torch.allclose(weights[0], weights[2], rtol=1e-3)
+    for entry in read_metrics(tmp_path / "penalty"):
+        assert entry["loss"] == pytest.approx(2 * entry["squared"] + entry["penalty"], rel=1e-6)
+    assert [entry["penalty"] > 0 for entry in read_metrics(tmp_path / "penalty")] == [False, True, True]  # zeros first
+
+
+def test_the_elastic_net_of_each_part_reaches_its_gradient(tmp_path: Path):
+    model = Rivals()
+    run = trainer(tmp_path, model, optimizer=Optimizer("sgd", lr=0.1), update=Update(penalty=Penalty(l1=0.5, l2=0.1)))
+    values = run.train_step([{"x": torch.ones(2, 1, dtype=torch.float64)}])
+    # d <- 3 - 0.1 (-2 + 0.5 + 0.1 * 3); then g <- 2 - 0.1 (d + 0.5 + 0.1 * 2)
+    assert model.discriminator.weight.item() == pytest.approx(3.12)
+    assert model.generator.weight.item() == pytest.approx(2 - 0.1 * (3.12 + 0.7))
+    assert values["discriminator/penalty"].item() == pytest.approx(0.5 * 3 + 0.05 * 9)
+    assert values["discriminator/loss"].item() == pytest.approx(-6 + 1.95)
+    assert values["discriminator/grad_norm"].item() == pytest.approx(1.2)
+
+
+def test_a_term_of_the_same_name_is_refused(tmp_path: Path):
+    class Own(Line):
+        def loss(self, batch: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+            return super().loss(batch, part) | {"penalty": torch.zeros(())}
+
+    with pytest.raises(ValueError, match="has a term 'penalty' already"):
+        trainer(tmp_path, Own(), update=Update(penalty=Penalty(l2=1.0))).fit()
+
+
+def test_nothing_to_penalize_is_an_error(tmp_path: Path):
+    with pytest.raises(ValueError, match="no trained parameter has two or more dimensions"):
+        trainer(tmp_path, Kink(), update=Update(penalty=Penalty(l2=1.0))).train_step([{}])
+
+
+def test_statistics_of_frozen_layers_stay_through_training_and_validation(tmp_path: Path):
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk = nn.Sequential(nn.Linear(1, 3), nn.BatchNorm1d(3), nn.Dropout(0.5)).double()
+            self.head = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1)).double()
+
+        def loss(self, batch: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+            assert not any(module.training for module in self.trunk)
+            assert self.head[0].training
+            return {"loss": (self.head(self.trunk(batch["x"])) - batch["y"]).square().mean()}
+
+    model = Normed()
+    before = {name: value.clone() for name, value in model.trunk.state_dict().items()}
+    run = trainer(
+        tmp_path, model, steps=4, optimizer=Optimizer("sgd", frozen=["trunk"]), validation=Validation("n", every=1),
+        update=Update(swa=Averaging(start=2)),
+    )  # fmt: skip
+    run.fit(lambda model: {"n": 1.0})
+    for trained in (run.model, run.swa.module):
+        for name, value in trained.trunk.state_dict().items():
+            assert torch.equal(value, before[name]), name
+        assert int(trained.head[0].num_batches_tracked) > 0
+
+
 def test_learning_rate_follows_the_schedule(tmp_path: Path):
     trainer(tmp_path, steps=4, schedule=Schedule("linear"), record=Record(log_every=1)).fit()
     assert [entry["lr"] for entry in read_metrics(tmp_path)] == pytest.approx([0.1, 0.075, 0.05, 0.025])
@@ -316,6 +386,8 @@ def test_bad_arguments(tmp_path: Path):
         trainer(tmp_path, epochs=2)
     with pytest.raises(ValueError, match=r"unknown part of the model 'generator'; choose from \['model'\]"):
         trainer(tmp_path, optimizer=Optimizer(parts={"generator": {"lr": 1.0}}))
+    with pytest.raises(ValueError, match="warms up for 4 steps and the run has 3"):
+        trainer(tmp_path, schedule=Schedule("cosine", warmup=4))
     with pytest.raises(ValueError, match="has 13 items, fewer than one batch of 14"):
         trainer(tmp_path, batch_size=14)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
@@ -381,7 +453,17 @@ def test_fp16_scales_the_loss_and_skips_an_overflow(tmp_path: Path):
         run.train_step([{}])
 
 
-def test_compiled_training_equals_plain_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("frozen", [[], ["line.0"]])
+def test_compiled_training_equals_plain_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frozen: list[str]):
+    class Normed(Line):
+        def __init__(self) -> None:
+            super().__init__()
+            self.line = nn.Sequential(nn.BatchNorm1d(1), nn.Linear(1, 1)).double()
+            nn.init.zeros_(self.line[1].weight)
+
+        def loss(self, batch: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+            return {"loss": (self.line(batch["x"]) - batch["y"]).square().mean()}
+
     backends = []
 
     def eager(graph: Any, inputs: list[Tensor]) -> Any:
@@ -389,11 +471,37 @@ def test_compiled_training_equals_plain_training(tmp_path: Path, monkeypatch: py
         return graph
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=eager))
-    plain, compiled = trainer(tmp_path / "a"), trainer(tmp_path / "b", update=Update(compile=True))
-    plain.fit()
-    compiled.fit()
-    assert backends
-    assert torch.equal(plain.model.line.weight, compiled.model.line.weight)
+    settings = {"optimizer": Optimizer("sgd", lr=0.1, frozen=frozen), "validation": Validation("w", every=1)}
+    torch.manual_seed(0)
+    plain = trainer(tmp_path / "a", Normed(), **settings)
+    torch.manual_seed(0)
+    compiled = trainer(tmp_path / "b", Normed(), **settings, update=Update(compile=True))
+    for run in (plain, compiled):
+        run.fit(lambda model: {"w": model.line[1].weight.item()})
+    assert len(backends) == 1  # nothing breaks the graph, and coming back from validation makes no other
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(value, compiled.model.state_dict()[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # inductor's import
+def test_a_compiled_network_trains_as_a_plain_one(tmp_path: Path):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.line = nn.Linear(1, 1)
+
+        def loss(self, batch: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+            return {"loss": (self.line(batch["x"].float()).tanh() - batch["y"]).square().mean()}
+
+    losses = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        folder = tmp_path / str(compile)
+        trainer(folder, Net(), update=Update(compile=compile), record=Record(log_every=1)).fit()
+        losses.append([entry["loss"] for entry in read_metrics(folder)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert torch._dynamo.utils.counters["inductor"]  # its compiler ran
 
 
 # Two processes

@@ -182,7 +182,9 @@ def test_layerwise_scales_fall_from_the_last_layer():
 
 def test_options_reach_torch():
     parameters = dict(net().named_parameters())
-    optimizer = build_optimizer(Optimizer("adam", options={"betas": (0.5, 0.6), "eps": 0.1, "amsgrad": True}), parameters)
+    optimizer = build_optimizer(
+        Optimizer("adam", options={"betas": (0.5, 0.6), "eps": 0.1, "amsgrad": True}), parameters
+    )
     assert [(g["betas"], g["eps"], g["amsgrad"]) for g in optimizer.param_groups] == [((0.5, 0.6), 0.1, True)] * 2
     optimizer = build_optimizer(Optimizer("nesterov", options={"momentum": 0.5}), parameters)
     assert all(g["momentum"] == 0.5 and g["nesterov"] for g in optimizer.param_groups)
@@ -211,7 +213,6 @@ def test_frozen_modules_stay_in_evaluation_mode():
     freeze(other, ["0.bias"])  # a parameter alone leaves its module as it is
     assert other[0].training
     assert other[0].weight.requires_grad
-
 
 
 def test_swa_is_the_mean_of_the_weights_it_was_given():

@@ -179,16 +179,22 @@ class Run:
         return trainer.fit(self._validation() if trainer.validation else None, resume=resume, report=report)
 
     def _validation(self) -> Callable[[nn.Module], dict[str, float]]:
-        """Means over the val split of what a model measures about itself."""
-        dataset = self.experiment.dataset("val")
+        """Means over the val split of what a model measures about itself; processes divide the batches."""
+        dataset, size = self.experiment.dataset("val"), self.experiment.evaluation.batch_size
 
         def validate(model: nn.Module) -> dict[str, float]:
             device = next(model.parameters()).device
-            sums: dict[str, float] = {}
-            for batch in self.experiment.batches(dataset, self.experiment.evaluation.batch_size):
-                for name, values in model.validation_metrics(to_device(batch, device)).items():  # type: ignore[operator]
-                    sums[name] = sums.get(name, 0.0) + float(values.sum())
-            return {name: total / len(dataset) for name, total in sums.items()}
+            indices: list[int] = []
+            measured: dict[str, list[Tensor]] = {}
+            for number in engine.share(-(-len(dataset) // size)):
+                mine = range(number * size, min((number + 1) * size, len(dataset)))
+                batch = to_device(collate([dataset[index] for index in mine]), device)
+                for name, values in model.validation_metrics(batch).items():  # type: ignore[operator]
+                    measured.setdefault(name, []).append(values)
+                indices += mine
+            values = {name: torch.cat(parts) for name, parts in measured.items()}
+            gathered = engine.gather_items(indices, values, len(dataset))
+            return {name: float(values.double().mean()) for name, values in gathered.items()}
 
         return validate
 

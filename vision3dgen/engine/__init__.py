@@ -19,8 +19,6 @@ from vision3dgen.engine.diagnose import step_rate as step_rate
 from vision3dgen.engine.ensemble import Ensemble as Ensemble
 from vision3dgen.engine.gradients import GradientCheck as GradientCheck
 from vision3dgen.engine.gradients import check_gradients as check_gradients
-from vision3dgen.engine.items import gather_items as gather_items
-from vision3dgen.engine.items import share as share
 from vision3dgen.engine.loading import Data as Data
 from vision3dgen.engine.loading import ShuffleSampler as ShuffleSampler
 from vision3dgen.engine.loading import to_device as to_device
@@ -36,6 +34,9 @@ from vision3dgen.engine.optim import freeze as freeze
 from vision3dgen.engine.optim import layerwise_scales as layerwise_scales
 from vision3dgen.engine.optim import lr_factor as lr_factor
 from vision3dgen.engine.optim import recompute_batch_norm as recompute_batch_norm
+from vision3dgen.engine.processes import gather_items as gather_items
+from vision3dgen.engine.processes import main_process_first as main_process_first
+from vision3dgen.engine.processes import share as share
 from vision3dgen.engine.search import Choice as Choice
 from vision3dgen.engine.search import Distribution as Distribution
 from vision3dgen.engine.search import Integer as Integer
@@ -57,5 +58,4 @@ from vision3dgen.engine.splits import split as split
 from vision3dgen.engine.trainer import Objective as Objective
 from vision3dgen.engine.trainer import Result as Result
 from vision3dgen.engine.trainer import Trainer as Trainer
-from vision3dgen.engine.trainer import main_process_first as main_process_first
 from vision3dgen.engine.transfer import load_module as load_module

@@ -31,7 +31,9 @@ class Penalty:
         """The term, a scalar that is differentiable in the parameters."""
         terms = [self.l1 * w.abs().sum() + self.l2 / 2 * w.square().sum() for w in parameters if w.ndim >= 2]
         if not terms:
-            raise ValueError("penalty: no trained parameter has two or more dimensions, so there is nothing to penalize")
+            raise ValueError(
+                "penalty: no trained parameter has two or more dimensions, so there is nothing to penalize"
+            )
         return torch.stack(terms).sum()
 
     @torch.no_grad()

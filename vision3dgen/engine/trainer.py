@@ -37,6 +37,7 @@ from vision3dgen.engine.optim import (
     set_lr,
     train_mode,
 )
+from vision3dgen.engine.processes import on_cpu
 from vision3dgen.engine.seeding import mix, preserved_rng, rng_state, seed_all, set_rng_state
 from vision3dgen.engine.settings import PRECISIONS, Record, Update, Validation, check_same
 from vision3dgen.engine.sharding import full, gather_weights, local, scatter_state, scatter_weights, shard
@@ -49,15 +50,6 @@ class Result(NamedTuple):
     stopped_early: bool
     best: float | None  # the best value of the validation metric
     checkpoint: Path  # the best one if there was validation, else the last
-
-
-@contextmanager
-def main_process_first() -> Iterator[None]:
-    """Run the block in the first process of this machine before the others, which then find what it wrote."""
-    from accelerate import PartialState  # slow to import
-
-    with PartialState().local_main_process_first():
-        yield
 
 
 class Objective(nn.Module):
@@ -111,7 +103,7 @@ class Trainer:
         del self.settings["update"]["shard"]  # how the work is divided does not change what is computed
 
         # Autocast and the gradient scaler are torch's: accelerate's precision is fixed for the life of a process.
-        self.accelerator = Accelerator(mixed_precision="no")
+        self.accelerator = Accelerator(mixed_precision="no", cpu=on_cpu())
         self.device = self.accelerator.device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.update.precision == "fp16")
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -159,10 +151,10 @@ class Trainer:
         """Train to the last step, or until patience ends.
 
         `validate(model)` returns metrics of the model in evaluation mode, the average of the weights if one is kept; it
-        runs in every process and the first one's result counts (`gather_items` makes one of all). `resume` continues from the newest whole checkpoint of
-        `run_dir`, or starts where there is none. SIGTERM and SIGINT save a checkpoint after the step under way and
-        raise SystemExit(128 + signal); a second one acts at once. `report` hears each record of the log, in the first
-        process, once the checkpoint of its step is written.
+        runs in every process and the first one's result counts (`gather_items` makes one of all). `resume` continues
+        from the newest whole checkpoint of `run_dir`, or starts where there is none. SIGTERM and SIGINT save a
+        checkpoint after the step under way and raise SystemExit(128 + signal); a second one acts at once. `report`
+        hears each record of the log, in the first process, once the checkpoint of its step is written.
         """
         if (validate is None) != (self.validation is None):
             raise ValueError("fit(validate) and Trainer(validation=...) go together: give both or neither")

@@ -1,9 +1,35 @@
-"""Work over items divided between processes, and put together so that no item is counted twice or left out."""
+"""The processes of a run: which this one is, and items divided so that none is counted twice or left out."""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def on_cpu() -> bool:
+    """Whether to compute on the CPU: asked for by accelerate's ACCELERATE_USE_CPU, or all there is."""
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t")
+    return asked or not torch.accelerator.is_available()
+
+
+def processes() -> Any:
+    """accelerate's state of the processes, joined into a group on the first call where there are several.
+
+    Differs: a bare `PartialState()` leaves processes that torchrun started on a CPU as strangers to one another.
+    """
+    from accelerate import PartialState  # slow to import
+
+    return PartialState(cpu=on_cpu())
+
+
+@contextmanager
+def main_process_first() -> Iterator[None]:
+    """Run the block in the first process of this machine before the others, which then find what it wrote."""
+    with processes().local_main_process_first():
+        yield
 
 
 def share(count: int) -> range:
@@ -11,9 +37,7 @@ def share(count: int) -> range:
 
     Shares are disjoint and cover; with fewer things than processes some are empty.
     """
-    from accelerate import PartialState  # slow to import
-
-    state = PartialState()
+    state = processes()
     return range(state.process_index, count, state.num_processes)
 
 
@@ -30,6 +54,7 @@ def gather_items(indices: Sequence[int], values: Mapping[str, Tensor], count: in
     """
     from accelerate.utils import gather_object
 
+    processes()
     shares = gather_object([(list(indices), {name: value.detach().cpu() for name, value in values.items()})])
     owned = [index for own, _ in shares for index in own]
     if sorted(owned) != list(range(count)):
