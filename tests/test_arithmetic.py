@@ -193,6 +193,31 @@ def test_layers_of_our_own_and_heads():
     assert unit_receptive_field(head, (21, 23)).field == (21, 23)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@pytest.mark.parametrize("unit", [0, 5, 10])
+def test_even_kernels_that_keep_the_size_pad_more_behind(unit):
+    convolution = nn.Conv1d(1, 1, 4, padding="same")
+    reach = unit_receptive_field(convolution, 11, (unit,))
+    assert (reach.first, reach.last) == ((max(unit - 1, 0),), (min(unit + 2, 10),))
+    assert reach == measure_receptive_field(convolution, (11,), channels=1, unit=(unit,))[0]
+
+
+@pytest.mark.parametrize(
+    "pad, expected",
+    [
+        (nn.ReflectionPad1d(2), [2, 1, 0, 1, 2, 3, 4, 3, 2]),
+        (nn.ReplicationPad1d(2), [0, 0, 0, 1, 2, 3, 4, 4, 4]),
+        (nn.Conv1d(1, 1, 1, padding=2, padding_mode="circular"), [3, 4, 0, 1, 2, 3, 4, 0, 1]),
+    ],
+    ids=["reflect", "replicate", "circular"],
+)
+def test_what_padding_reads(pad, expected):
+    for unit, place in enumerate(expected):
+        reach = unit_receptive_field(pad, 5, (unit,))
+        assert (reach.first, reach.last) == ((place,), (place,))
+        assert reach == measure_receptive_field(pad, (5,), channels=1, unit=(unit,))[0]
+
+
 def test_a_layer_used_twice_counts_twice():
     convolution = nn.Conv2d(1, 1, 3)
     assert [row.field[0] for row in receptive_field(nn.Sequential(convolution, convolution), 11)] == [3, 5]

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tests.test_docs import ROOT, python_blocks
 from vision3dgen import config
 from vision3dgen.layers import (
     ACTIVATIONS,
@@ -31,6 +32,7 @@ from vision3dgen.layers import (
     norm,
     upsampling,
 )
+from vision3dgen.ops import GraphConv
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -397,3 +399,26 @@ def test_one_table_of_tables():
     assert LAYERS["norm"]["batch"] is NORMS["batch"]
     assert set(LAYERS) == {"activation", "attention", "norm", "recurrent", "regularizer", "upsampling"}
     assert all(callable(entry) for table in LAYERS.values() for entry in table.values())
+
+
+def test_graph_convolution_is_pygs():
+    from torch_geometric.nn import GraphConv as PyGGraphConv
+
+    torch.manual_seed(0)
+    ours, theirs = GraphConv(5, 7), PyGGraphConv(5, 7, aggr="add")
+    nn.init.normal_(ours.w0.bias)
+    nn.init.zeros_(ours.w1.bias)  # PyG has one bias, ours one per neighbor too
+    theirs.load_state_dict(
+        {"lin_root.weight": ours.w0.weight, "lin_rel.weight": ours.w1.weight, "lin_rel.bias": ours.w0.bias}
+    )
+    x, edges = random(11, 5), torch.tensor([[0, 1], [1, 2], [0, 7], [7, 10], [3, 1], [9, 0]])
+    both_ways = torch.cat((edges, edges.flip(1))).T
+    torch.testing.assert_close(ours(x, edges), theirs(x, both_ways))
+
+
+@pytest.mark.parametrize("index, block", list(enumerate(python_blocks(ROOT / "docs" / "layers.md"))))
+def test_the_examples_of_the_page_run(index, block, capsys):
+    torch.manual_seed(index)
+    exec(compile(block, f"docs/layers.md, example {index}", "exec"), {})
+    printed = capsys.readouterr().out
+    assert printed in (ROOT / "docs" / "layers.md").read_text()

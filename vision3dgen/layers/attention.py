@@ -22,7 +22,7 @@ Mask = Bool[Tensor, "..."] | Float[Tensor, "..."]
 
 
 class _Visible(NamedTuple):
-    mask: Mask | None  # to attend with; every row sees something
+    mask: Mask | None  # to attend with; every row sees something, for not every fused kernel survives one that does not
     blind: Bool[Tensor, "... T 1"] | None  # queries that saw nothing, to be zeroed
 
 
