@@ -28,6 +28,10 @@ def test_random_values_are_distributed_as_the_space_says():
         assert sum(trial["layers"] == value for trial in trials) == pytest.approx(200, abs=50)
     assert {type(trial["layers"]) for trial in trials} == {int}
     assert sum(trial["name"] == "sgd" for trial in trials) == pytest.approx(300, abs=50)
+    # Keys are independent: half of those with a large lr have a large decay, and so on
+    large = [trial for trial, log in zip(trials, logs) if log > -2.5]
+    assert sum(trial["decay"] > 1 for trial in large) / len(large) == pytest.approx(0.5, abs=0.12)
+    assert sum(trial["name"] == "sgd" for trial in large) / len(large) == pytest.approx(0.5, abs=0.12)
 
 
 def test_a_trial_depends_on_seed_and_number_only():
