@@ -180,8 +180,13 @@ class Run:
             raise ConfigError(f"{folder} is not a run folder: it has no config.yaml")
         return Run(Path(folder), construct(Experiment, load(path)))
 
-    def train(self, *, resume: bool = False) -> engine.Result:
-        """Train to the end; `resume` continues from the newest whole checkpoint, if there is one."""
+    def train(
+        self, *, resume: bool = False, report: Callable[[Mapping[str, float]], None] | None = None
+    ) -> engine.Result:
+        """Train to the end; `resume` continues from the newest whole checkpoint, if there is one.
+
+        `report` is as in `Trainer.fit`.
+        """
         if not resume and engine.latest(self.folder) is not None:
             raise ConfigError(f"{self.folder} holds a trained run already: resume it, or choose another folder")
         experiment = self.experiment
@@ -198,7 +203,7 @@ class Run:
             load_module(model, name, source)
         given: dict[str, Any] = dict(zip(GIVEN_TO_TRAINER, (model, data, self.folder, experiment.seed)))
         trainer = construct(Trainer, experiment.trainer, where="trainer", **given)
-        return trainer.fit(self._validation() if trainer.validation else None, resume=resume)
+        return trainer.fit(self._validation() if trainer.validation else None, resume=resume, report=report)
 
     def _validation(self) -> Callable[[nn.Module], dict[str, float]]:
         """Means over the val split of what a model measures about itself; processes divide the batches."""

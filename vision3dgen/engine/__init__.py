@@ -5,6 +5,17 @@ from vision3dgen.engine.checkpoint import best as best
 from vision3dgen.engine.checkpoint import latest as latest
 from vision3dgen.engine.checkpoint import load_weights as load_weights
 from vision3dgen.engine.checkpoint import snapshots as snapshots
+from vision3dgen.engine.diagnose import Memory as Memory
+from vision3dgen.engine.diagnose import Overfit as Overfit
+from vision3dgen.engine.diagnose import RangeTest as RangeTest
+from vision3dgen.engine.diagnose import initial_losses as initial_losses
+from vision3dgen.engine.diagnose import loading_rate as loading_rate
+from vision3dgen.engine.diagnose import memory as memory
+from vision3dgen.engine.diagnose import overfit as overfit
+from vision3dgen.engine.diagnose import peak_bytes as peak_bytes
+from vision3dgen.engine.diagnose import range_test as range_test
+from vision3dgen.engine.diagnose import restored as restored
+from vision3dgen.engine.diagnose import step_rate as step_rate
 from vision3dgen.engine.ensemble import Ensemble as Ensemble
 from vision3dgen.engine.gradients import GradientCheck as GradientCheck
 from vision3dgen.engine.gradients import check_gradients as check_gradients
@@ -26,6 +37,14 @@ from vision3dgen.engine.optim import recompute_batch_norm as recompute_batch_nor
 from vision3dgen.engine.processes import gather_items as gather_items
 from vision3dgen.engine.processes import main_process_first as main_process_first
 from vision3dgen.engine.processes import share as share
+from vision3dgen.engine.search import Choice as Choice
+from vision3dgen.engine.search import Distribution as Distribution
+from vision3dgen.engine.search import Integer as Integer
+from vision3dgen.engine.search import Space as Space
+from vision3dgen.engine.search import Uniform as Uniform
+from vision3dgen.engine.search import distribution as distribution
+from vision3dgen.engine.search import grid_trials as grid_trials
+from vision3dgen.engine.search import random_trials as random_trials
 from vision3dgen.engine.seeding import seed_all as seed_all
 from vision3dgen.engine.settings import Averaging as Averaging
 from vision3dgen.engine.settings import Penalty as Penalty
@@ -39,3 +58,4 @@ from vision3dgen.engine.splits import split as split
 from vision3dgen.engine.trainer import Objective as Objective
 from vision3dgen.engine.trainer import Result as Result
 from vision3dgen.engine.trainer import Trainer as Trainer
+from vision3dgen.engine.transfer import load_module as load_module
