@@ -73,9 +73,18 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     meshes.add_argument("source_folder", type=Path, metavar="IN")
     meshes.add_argument("root", type=Path, metavar="OUT")
+    scenes = _command(
+        sources, "scenes", _prepare_scenes, "scenes of generated shapes, with captions",
+        "vision3dgen prepare scenes data/scenes --scenes 2000 --seed 0",
+    )  # fmt: skip
+    scenes.add_argument("root", type=Path, metavar="ROOT")
+    scenes.add_argument("--scenes", type=int, required=True)
+    scenes.add_argument("--image-size", type=int, default=96, help="side of the pictures (default: 96)")
+    scenes.add_argument("--sentences", type=int, default=10_000, help="about scenes not drawn (default: 10000)")
     for each in (procedural, meshes):
         each.add_argument("--views", type=int, default=24, help="renderings per shape (default: 24)")
         each.add_argument("--points", type=int, default=100_000, help="samples per shape (default: 100000)")
+    for each in (procedural, meshes, scenes):
         each.add_argument("--seed", type=int, default=0)
         each.add_argument("--workers", type=int, default=1, help="processes; the bytes written do not depend on it")
 
@@ -216,6 +225,21 @@ def _prepare_meshes(options: argparse.Namespace) -> int:
     )
     print(done)
     return 1 if done.rejected else 0
+
+
+def _prepare_scenes(options: argparse.Namespace) -> int:
+    from vision3dgen.datasets import prepare_scenes
+
+    done = prepare_scenes(
+        options.root,
+        scenes=options.scenes,
+        image_size=options.image_size,
+        sentences=options.sentences,
+        seed=options.seed,
+        workers=options.workers,
+    )
+    print(done)
+    return 0
 
 
 def _view(options: argparse.Namespace) -> int:

@@ -32,7 +32,7 @@ from vision3dgen.files import atomic_write
 from vision3dgen.heads import HEADS
 from vision3dgen.io import read_image, save_mesh
 from vision3dgen.metrics import EVALUATIONS, Evaluator, Prediction, Scores, ShapeEvaluator
-from vision3dgen.models import MODELS
+from vision3dgen.models import DECODERS, MODELS
 from vision3dgen.structures import Frame
 from vision3dgen.viz import Sample, Shown, show
 
@@ -40,6 +40,7 @@ PARTS: dict[str, Mapping[str, Callable[..., Any]]] = {  # sections of a model th
     "trunk": BACKBONES,
     "backbone": BACKBONES,
     "head": HEADS,
+    "decoder": DECODERS,
 }
 GIVEN_TO_TRAINER = ("model", "data", "run_dir", "seed")  # what the experiment passes beside the configuration
 
@@ -53,6 +54,27 @@ class Loader:
 
 
 @dataclass(frozen=True)
+class Initialize:
+    """A trained run whose weights a model starts from, where names fit; see `engine.load_fitting`.
+
+    into: the part of the model they are loaded into, such as "decoder"; the whole model by default.
+    """
+
+    run: Path
+    into: str = ""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+    def load(self, model: nn.Module) -> list[str]:
+        """The names loaded; ConfigError if the run or the part does not exist."""
+        try:
+            part = model.get_submodule(self.into)
+        except AttributeError as error:
+            parts = [name for name, _ in model.named_children()]
+            raise ConfigError(f"initialize.into: the model has no part {self.into!r}; it has {parts}") from error
+        return engine.load_fitting(part, Run.open(self.run).checkpoint(), renamed=self.renamed)
+
+
+@dataclass(frozen=True)
 class Experiment:
     """The top level of a configuration.
 
@@ -60,7 +82,8 @@ class Experiment:
     model: a model by name and its arguments; those named in `PARTS` (a `backbone`, a `head`) are objects by name too.
     trainer: arguments of `engine.Trainer`. evaluation: one of `EVALUATIONS` by name and its arguments, else shapes.
     weights: by module of the model, the run folder or file that its first weights come from.
-    prepare: data to make first, by name and arguments, unless it is there.
+    prepare: data to make first, by name and arguments, unless it is there. initialize: a
+        trained run to start from, where names fit.
     """
 
     data: Mapping[str, Any]
@@ -71,6 +94,7 @@ class Experiment:
     splits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     weights: Mapping[str, Path] = field(default_factory=dict)
     prepare: Mapping[str, Any] | None = None
+    initialize: Initialize | None = None
     seed: int = 0
 
     def check(self) -> None:
@@ -201,6 +225,8 @@ class Run:
         model = experiment.build_model()
         for name, source in experiment.weights.items():
             load_module(model, name, source)
+        if experiment.initialize is not None and engine.latest(self.folder) is None:
+            experiment.initialize.load(model)
         given: dict[str, Any] = dict(zip(GIVEN_TO_TRAINER, (model, data, self.folder, experiment.seed)))
         trainer = construct(Trainer, experiment.trainer, where="trainer", **given)
         return trainer.fit(self._validation() if trainer.validation else None, resume=resume, report=report)

@@ -3,6 +3,7 @@
 from vision3dgen.engine.checkpoint import CheckpointError as CheckpointError
 from vision3dgen.engine.checkpoint import best as best
 from vision3dgen.engine.checkpoint import latest as latest
+from vision3dgen.engine.checkpoint import load_fitting as load_fitting
 from vision3dgen.engine.checkpoint import load_weights as load_weights
 from vision3dgen.engine.checkpoint import snapshots as snapshots
 from vision3dgen.engine.diagnose import Memory as Memory
@@ -58,4 +59,3 @@ from vision3dgen.engine.splits import split as split
 from vision3dgen.engine.trainer import Objective as Objective
 from vision3dgen.engine.trainer import Result as Result
 from vision3dgen.engine.trainer import Trainer as Trainer
-from vision3dgen.engine.transfer import load_module as load_module

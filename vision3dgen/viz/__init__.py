@@ -1,5 +1,7 @@
 """Pictures, figures and windows."""
 
+from vision3dgen.viz.attention import attention_gallery as attention_gallery
+from vision3dgen.viz.attention import attention_overlay as attention_overlay
 from vision3dgen.viz.gallery import curves as curves
 from vision3dgen.viz.gallery import figure_of as figure_of
 from vision3dgen.viz.gallery import gallery as gallery
