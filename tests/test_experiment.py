@@ -96,9 +96,30 @@ def test_the_other_heads_train_by_override(folder, tmp_path, head):
     assert np.isfinite(predictions[0].voxels.numpy()).all()
 
 
+@pytest.mark.slow
+def test_only_the_train_split_is_augmented(folder, tmp_path):
+    steps = "[{name: rotate, degrees: 20}, {name: color, hue: 0.1}, {name: crop, size: [32, 32]}]"
+    overrides = [f"augment={{steps: {steps}, fill: 0.5}}", "trainer.steps=2"]
+    assert cli.main(["train", str(folder / "config.yaml"), "--out", str(tmp_path / "run"), *overrides]) == 0
+    plain, augmented = Run.open(folder / "run").experiment, Run.open(tmp_path / "run").experiment
+    assert plain.augmentation() is None
+    augment = augmented.augmentation()
+    assert augment.fill == 0.5
+    assert [type(step).__name__ for step in augment.steps] == ["Rotate", "ColorJitter", "Crop"]
+    first, second = (experiment.dataset("test")[0]["image"] for experiment in (plain, augmented))
+    assert torch.equal(first, second)
+    logs = [(run / "metrics.jsonl").read_text().splitlines() for run in (folder / "run", tmp_path / "run")]
+    losses = [json.loads(lines[1])["loss"] for lines in logs]  # the first one does not depend on the image yet
+    assert losses[0] != losses[1]
+
+
 @pytest.mark.parametrize(
     "override, message",
     [
+        ("augment={steps: [{name: rotat}]}", "augment.steps[0].name: unknown name 'rotat'"),
+        ("augment={steps: [{name: flip}, {name: rotate, angle: 3}]}", "unknown key of 'rotate'"),
+        ("augment={fill: 1}", "augment needs steps"),
+        ("augment={steps: [], fil: 1}", "did you mean 'fill'"),
         ("trainer.stepps=3", "did you mean 'steps'"),
         ("model.head.name=voxel", "did you mean 'voxels'"),
         ("data.points_per_item=many", "points_per_item"),

@@ -26,7 +26,7 @@ from torch.nn.functional import interpolate
 from vision3dgen import __version__, engine
 from vision3dgen.backbones import BACKBONES, load_weights
 from vision3dgen.config import Config, ConfigError, Named, arguments, build, choose, construct, load, save
-from vision3dgen.datasets import CATEGORIES, DATASETS, PREPARE, collate
+from vision3dgen.datasets import AUGMENTATIONS, CATEGORIES, DATASETS, PREPARE, Augment, Augmented, collate
 from vision3dgen.engine import Data, Trainer, to_device
 from vision3dgen.files import atomic_write
 from vision3dgen.heads import HEADS
@@ -83,7 +83,8 @@ class Experiment:
     trainer: arguments of `engine.Trainer`. evaluation: one of `EVALUATIONS` by name and its arguments, else shapes.
     weights: by module of the model, the run folder or file that its first weights come from.
     prepare: data to make first, by name and arguments, unless it is there. initialize: a
-        trained run to start from, where names fit.
+    trained run to start from, where names fit. augment: `steps` by name and arguments, and what else `datasets.Augment`
+    takes, for the train split alone.
     """
 
     data: Mapping[str, Any]
@@ -95,6 +96,7 @@ class Experiment:
     weights: Mapping[str, Path] = field(default_factory=dict)
     prepare: Mapping[str, Any] | None = None
     initialize: Initialize | None = None
+    augment: Mapping[str, Any] | None = None
     seed: int = 0
 
     def check(self) -> None:
@@ -107,6 +109,22 @@ class Experiment:
         if self.prepare is not None:
             maker, rest = choose(self.prepare, PREPARE, where="prepare")
             arguments(maker, rest, built=())
+        self.augmentation()
+
+    def augmentation(self) -> Augment | None:
+        """What the items of the train split pass through."""
+        if self.augment is None:
+            return None
+        steps = [build(step, AUGMENTATIONS, where=f"augment.steps[{i}]") for i, step in enumerate(self._steps())]
+        return construct(Augment, _without(self.augment, "steps"), where="augment", steps=steps)
+
+    def _steps(self) -> list[Any]:
+        steps = self.augment.get("steps") if self.augment is not None else None
+        if not isinstance(steps, list):
+            raise ConfigError(
+                f"augment needs steps, a list of names and arguments; choose from {sorted(AUGMENTATIONS)}"
+            )
+        return steps
 
     def prepare_data(self) -> None:
         """Make the data the configuration describes; what is complete already is left as it is."""
@@ -216,8 +234,9 @@ class Run:
         experiment = self.experiment
         with atomic_write(self.folder / "environment.json") as file:
             file.write(json.dumps(environment(), indent=2).encode() + b"\n")
+        dataset, augment = experiment.dataset("train"), experiment.augmentation()
         data = Data(
-            experiment.dataset("train"),
+            dataset if augment is None else Augmented(dataset, augment),
             experiment.loader.batch_size,
             collate,
             experiment.loader.num_workers,

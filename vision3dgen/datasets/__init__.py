@@ -1,8 +1,13 @@
 """Data: made (`PREPARE`), read (`DATASETS`), joined into batches (`collate`)."""
 
+"""Data: made (`PREPARE`), read (`DATASETS`), augmented, preprocessed, joined into batches (`collate`), mixed."""
+
 from collections.abc import Callable
 from typing import Any
 
+from vision3dgen.datasets.augment import AUGMENTATIONS as AUGMENTATIONS
+from vision3dgen.datasets.augment import Augment as Augment
+from vision3dgen.datasets.augment import Augmented as Augmented
 from vision3dgen.datasets.captions import CaptionedObject as CaptionedObject
 from vision3dgen.datasets.captions import Captions as Captions
 from vision3dgen.datasets.collate import collate as collate
@@ -16,9 +21,19 @@ from vision3dgen.datasets.images import ImageList as ImageList
 from vision3dgen.datasets.images import read_idx as read_idx
 from vision3dgen.datasets.images import resize_crop as resize_crop
 from vision3dgen.datasets.manifest import SplitManifest as SplitManifest
+from vision3dgen.datasets.mixing import MIXINGS as MIXINGS
+from vision3dgen.datasets.mixing import CutMix as CutMix
+from vision3dgen.datasets.mixing import Cutout as Cutout
+from vision3dgen.datasets.mixing import Mixed as Mixed
+from vision3dgen.datasets.mixing import Mixup as Mixup
+from vision3dgen.datasets.mixing import OneOf as OneOf
 from vision3dgen.datasets.prepare import Prepared as Prepared
 from vision3dgen.datasets.prepare import prepare_meshes as prepare_meshes
 from vision3dgen.datasets.prepare import prepare_procedural as prepare_procedural
+from vision3dgen.datasets.preprocess import PCA as PCA
+from vision3dgen.datasets.preprocess import PREPROCESSING as PREPROCESSING
+from vision3dgen.datasets.preprocess import Normalize as Normalize
+from vision3dgen.datasets.preprocess import Whiten as Whiten
 from vision3dgen.datasets.procedural import CATEGORIES as CATEGORIES
 from vision3dgen.datasets.procedural import make_shape as make_shape
 from vision3dgen.datasets.scenes import make_scene as make_scene
