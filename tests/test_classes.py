@@ -170,11 +170,9 @@ def test_what_is_wrong_with_an_evaluation_is_named(tmp_path):
         evaluate(scores[:, 0], labels, tmp_path)
     with pytest.raises(ValueError, match="no batch was given"):
         evaluate(scores, labels[:0], tmp_path)
+    twice = [*batches_of(labels, 8), next(batches_of(labels, 1))]
     with pytest.raises(ValueError, match="1 items come twice"):
-        batches = [*batches_of(labels, 8), next(batches_of(labels, 1))]
-        ClassEvaluator().evaluate(
-            "classes", batches, lambda batch: scores[batch["place"]], tmp_path, split="test", seed=0
-        )
+        ClassEvaluator().score("classes", twice, lambda batch: scores[batch["place"]], tmp_path / "x", seed=0, about={})
 
 
 # ----------------------------------------------------------------------------------------------------- pictures
