@@ -1,5 +1,3 @@
-"""Data: made (`PREPARE`), read (`DATASETS`), joined into batches (`collate`)."""
-
 """Data: made (`PREPARE`), read (`DATASETS`), augmented, preprocessed, joined into batches (`collate`), mixed."""
 
 from collections.abc import Callable
