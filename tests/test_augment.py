@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -459,3 +460,23 @@ def test_every_name_builds_and_bad_values_are_named():
         Augment([])({"depth": torch.zeros(1, 2, 3)})
     with pytest.raises(ValueError, match=r"image_size is \(37, 53\), the image's \(5, 7\)"):
         Augment([])({"image": torch.zeros(3, 5, 7), "camera": camera()})
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_manual_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.chdir(tmp_path)
+    manual = (Path(__file__).parents[1] / "docs" / "augmentation.md").read_text()
+    namespaces = []
+    for block in manual.split("```python\n")[1:]:
+        namespaces.append({"__name__": "example"})
+        exec(block.split("```")[0], namespaces[-1])
+    picture, _, fitted = namespaces
+    assert (tmp_path / "augmentations.png").stat().st_size < 300_000
+    assert {title for title, _ in picture["cells"]} >= set(AUGMENTATIONS)
+    for _, found in picture["cells"]:
+        if "camera" in found:  # the crosses are on the dots
+            pixels = found["camera"].project(picture["corners"]).pixels
+            torch.testing.assert_close(found["keypoints"], pixels)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("tensor([1.")
+    assert (fitted["zca"].inverse(fitted["white"]) - fitted["images"]).abs().max() < 1e-4
