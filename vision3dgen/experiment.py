@@ -121,9 +121,7 @@ class Experiment:
     def _steps(self) -> list[Any]:
         steps = self.augment.get("steps") if self.augment is not None else None
         if not isinstance(steps, list):
-            raise ConfigError(
-                f"augment needs steps, a list of names and arguments; choose from {sorted(AUGMENTATIONS)}"
-            )
+            raise ConfigError(f"augment needs steps, a list; choose from {sorted(AUGMENTATIONS)}")
         return steps
 
     def prepare_data(self) -> None:
