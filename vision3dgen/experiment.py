@@ -32,7 +32,7 @@ from vision3dgen.files import atomic_write
 from vision3dgen.heads import HEADS
 from vision3dgen.io import read_image, save_mesh
 from vision3dgen.metrics import EVALUATIONS, Evaluator, Prediction, Scores, ShapeEvaluator
-from vision3dgen.models import MODELS
+from vision3dgen.models import DECODERS, MODELS
 from vision3dgen.structures import Frame
 from vision3dgen.viz import Sample, Shown, show
 
@@ -40,6 +40,7 @@ PARTS: dict[str, Mapping[str, Callable[..., Any]]] = {  # sections of a model th
     "trunk": BACKBONES,
     "backbone": BACKBONES,
     "head": HEADS,
+    "decoder": DECODERS,
 }
 GIVEN_TO_TRAINER = ("model", "data", "run_dir", "seed")  # what the experiment passes beside the configuration
 
@@ -53,15 +54,37 @@ class Loader:
 
 
 @dataclass(frozen=True)
+class Initialize:
+    """A trained run whose weights a model starts from, where names fit; see `engine.load_fitting`.
+
+    into: the part of the model they are loaded into, such as "decoder"; the whole model by default.
+    """
+
+    run: Path
+    into: str = ""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+    def load(self, model: nn.Module) -> list[str]:
+        """The names loaded; ConfigError if the run or the part does not exist."""
+        try:
+            part = model.get_submodule(self.into)
+        except AttributeError as error:
+            parts = [name for name, _ in model.named_children()]
+            raise ConfigError(f"initialize.into: the model has no part {self.into!r}; it has {parts}") from error
+        return engine.load_fitting(part, Run.open(self.run).checkpoint(), renamed=self.renamed)
+
+
+@dataclass(frozen=True)
 class Experiment:
     """The top level of a configuration.
 
     data: a dataset by name and its arguments, without the split. splits: arguments that differ for train, val or test.
     model: a model by name and its arguments; those named in `PARTS` (a `backbone`, a `head`) are objects by name too.
     trainer: arguments of `engine.Trainer`. evaluation: one of `EVALUATIONS` by name and its arguments, else shapes.
-    weights: by module of the model, the run folder or file that its first weights come from.
-    prepare: data to make first, by name and arguments, unless it is there. augment: `steps` by name and
-    arguments, and what else `datasets.Augment` takes, for the train split alone.
+    weights: by module of the model, the run folder or file of which it takes the first weights, all of them.
+    prepare: data to make first, by name and arguments, unless it is there. initialize: a trained run to start from,
+    where names fit. augment: `steps` by name and arguments, and what else `datasets.Augment` takes, for the train
+    split alone.
     """
 
     data: Mapping[str, Any]
@@ -72,6 +95,7 @@ class Experiment:
     splits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     weights: Mapping[str, Path] = field(default_factory=dict)
     prepare: Mapping[str, Any] | None = None
+    initialize: Initialize | None = None
     augment: Mapping[str, Any] | None = None
     seed: int = 0
 
@@ -198,8 +222,13 @@ class Run:
             raise ConfigError(f"{folder} is not a run folder: it has no config.yaml")
         return Run(Path(folder), construct(Experiment, load(path)))
 
-    def train(self, *, resume: bool = False) -> engine.Result:
-        """Train to the end; `resume` continues from the newest whole checkpoint, if there is one."""
+    def train(
+        self, *, resume: bool = False, report: Callable[[Mapping[str, float]], None] | None = None
+    ) -> engine.Result:
+        """Train to the end; `resume` continues from the newest whole checkpoint, if there is one.
+
+        `report` is as in `Trainer.fit`.
+        """
         if not resume and engine.latest(self.folder) is not None:
             raise ConfigError(f"{self.folder} holds a trained run already: resume it, or choose another folder")
         experiment = self.experiment
@@ -213,11 +242,14 @@ class Run:
             experiment.loader.num_workers,
         )
         model = experiment.build_model()
-        for name, source in experiment.weights.items():
-            load_module(model, name, source)
+        if engine.latest(self.folder) is None:
+            for name, source in experiment.weights.items():
+                load_module(model, name, source)
+            if experiment.initialize is not None:
+                experiment.initialize.load(model)
         given: dict[str, Any] = dict(zip(GIVEN_TO_TRAINER, (model, data, self.folder, experiment.seed)))
         trainer = construct(Trainer, experiment.trainer, where="trainer", **given)
-        return trainer.fit(self._validation() if trainer.validation else None, resume=resume)
+        return trainer.fit(self._validation() if trainer.validation else None, resume=resume, report=report)
 
     def _validation(self) -> Callable[[nn.Module], dict[str, float]]:
         """Means over the val split of what a model measures about itself; processes divide the batches."""

@@ -51,11 +51,14 @@ def safe_join(root: str | os.PathLike[str], relative: str) -> Path:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The entries of a file with one JSON object per line; a ValueError names the line that is not JSON."""
+    """The entries of a file with one JSON object per line; a ValueError names the line that is none."""
     entries = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            entries.append(json.loads(line))
+            entry = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
+        if not isinstance(entry, dict):
+            raise ValueError(f"{path}, line {number}: must be a JSON object, got {line[:40]}")
+        entries.append(entry)
     return entries

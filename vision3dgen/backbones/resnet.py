@@ -229,10 +229,13 @@ resnet20 = partial(ResNet, BasicBlock, (3, 3, 3), stem="small", widths=(16, 32, 
 resnet56 = partial(ResNet, BasicBlock, (9, 9, 9), stem="small", widths=(16, 32, 64))
 preact_resnet20 = partial(ResNet, PreActBlock, (3, 3, 3), stem="small", widths=(16, 32, 64))
 
+# Three stages for small pictures of many objects, whose last map must stay fine enough to tell them apart.
+resnet8 = partial(ResNet, BasicBlock, (1, 1, 1), widths=(64, 128, 256))
+
 RESNETS: dict[str, Callable[..., ResNet]] = {
     "resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50, "resnet101": resnet101, "resnet152": resnet152,
     "resnext50_32x4d": resnext50_32x4d, "resnext101_32x8d": resnext101_32x8d, "wide_resnet50_2": wide_resnet50_2,
     "preact_resnet18": preact_resnet18, "preact_resnet34": preact_resnet34, "preact_resnet50": preact_resnet50,
     "preact_resnet101": preact_resnet101, "preact_resnet152": preact_resnet152,
-    "resnet20": resnet20, "resnet56": resnet56, "preact_resnet20": preact_resnet20,
+    "resnet8": resnet8, "resnet20": resnet20, "resnet56": resnet56, "preact_resnet20": preact_resnet20,
 }  # fmt: skip

@@ -6,6 +6,8 @@ from typing import Any
 from vision3dgen.datasets.augment import AUGMENTATIONS as AUGMENTATIONS
 from vision3dgen.datasets.augment import Augment as Augment
 from vision3dgen.datasets.augment import Augmented as Augmented
+from vision3dgen.datasets.captions import CaptionedObject as CaptionedObject
+from vision3dgen.datasets.captions import Captions as Captions
 from vision3dgen.datasets.collate import collate as collate
 from vision3dgen.datasets.images import CIFAR10 as CIFAR10
 from vision3dgen.datasets.images import CIFAR100 as CIFAR100
@@ -32,7 +34,12 @@ from vision3dgen.datasets.preprocess import Normalize as Normalize
 from vision3dgen.datasets.preprocess import Whiten as Whiten
 from vision3dgen.datasets.procedural import CATEGORIES as CATEGORIES
 from vision3dgen.datasets.procedural import make_shape as make_shape
+from vision3dgen.datasets.scenes import make_scene as make_scene
+from vision3dgen.datasets.scenes import prepare_scenes as prepare_scenes
+from vision3dgen.datasets.scenes import sentences as sentences
 from vision3dgen.datasets.shapenet import ShapeNet as ShapeNet
+from vision3dgen.datasets.vocabulary import TextLines as TextLines
+from vision3dgen.datasets.vocabulary import Vocabulary as Vocabulary
 
 DATASETS: dict[str, Callable[..., Any]] = {
     "shapenet": ShapeNet,
@@ -42,5 +49,11 @@ DATASETS: dict[str, Callable[..., Any]] = {
     "cifar100": CIFAR100,
     "image_folder": ImageFolder,
     "image_list": ImageList,
+    "captions": Captions,
+    "text": TextLines,
 }
-PREPARE: dict[str, Callable[..., Any]] = {"procedural": prepare_procedural, "meshes": prepare_meshes}
+PREPARE: dict[str, Callable[..., Any]] = {
+    "procedural": prepare_procedural,
+    "meshes": prepare_meshes,
+    "scenes": prepare_scenes,
+}

@@ -13,25 +13,21 @@ record.json is there; a run that was stopped goes on behind the complete ones.
 """
 
 import hashlib
-import multiprocessing
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from vision3dgen.checks import check_finite
 from vision3dgen.datasets.manifest import SPLITS, SplitManifest, assign_splits, read_json, sha256, write_json
+from vision3dgen.datasets.parallel import map_in_order
 from vision3dgen.datasets.procedural import CATEGORIES, category_name, make_shape
 from vision3dgen.datasets.shapenet import DEPTH_UNITS
 from vision3dgen.files import atomic_write
@@ -269,7 +265,8 @@ def _prepare(
     todo = [source for source in sources if source not in records]
     rejected = []
     root.mkdir(parents=True, exist_ok=True)
-    for source, result in zip(todo, _progress(_results(root, todo, settings, workers), len(todo))):
+    jobs = [(root, source, settings) for source in todo]
+    for source, result in zip(todo, map_in_order(_prepare_one, jobs, workers=workers, title="preparing")):
         if isinstance(result, Rejected):
             rejected.append(result)
         else:
@@ -294,42 +291,6 @@ def _complete(root: Path, source: Source, settings: Settings) -> dict[str, Any] 
                 f"{key}={expected[key]!r} is asked for; choose another root or delete this model's folders"
             )
     return record if all((root / file).is_file() for file in record["files"]) else None
-
-
-def _results(
-    root: Path, sources: Sequence[Source], settings: Settings, workers: int
-) -> Iterator[dict[str, Any] | Rejected]:
-    if min(workers, len(sources)) <= 1:
-        with _one_thread():
-            for source in sources:
-                yield _prepare_one(root, source, settings)
-        return
-    spawn = multiprocessing.get_context("spawn")  # forked processes hang in OpenMP once the parent has used it
-    pool = ProcessPoolExecutor(
-        min(workers, len(sources)), mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)
-    )
-    try:
-        yield from pool.map(_prepare_one, [root] * len(sources), sources, [settings] * len(sources))
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread, as in a worker: the order of sums, so their last bit, may depend on how many there are."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _progress(results: Iterator[Any], total: int) -> Iterator[Any]:
-    console = Console(stderr=True)
-    columns = (TextColumn("preparing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        yield from progress.track(results, total=total)
 
 
 def _write_lists(
@@ -389,8 +350,9 @@ class _Made(NamedTuple):
     facts: dict[str, Any]
 
 
-def _prepare_one(root: Path, source: Source, settings: Settings) -> dict[str, Any] | Rejected:
+def _prepare_one(job: tuple[Path, Source, Settings]) -> dict[str, Any] | Rejected:
     """Make and write one model; its record, or the reason why a mesh file cannot be used."""
+    root, source, settings = job
     step = "read"
     try:
         loaded = source.load()

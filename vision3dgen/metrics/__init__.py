@@ -8,6 +8,17 @@ from vision3dgen.metrics.evaluation import summarize as summarize
 from vision3dgen.metrics.evaluator import Evaluator as Evaluator
 from vision3dgen.metrics.evaluator import Scores as Scores
 from vision3dgen.metrics.evaluator import ShapeEvaluator as ShapeEvaluator
+from vision3dgen.metrics.language import Bleu as Bleu
+from vision3dgen.metrics.language import Caption as Caption
+from vision3dgen.metrics.language import CaptionEvaluator as CaptionEvaluator
+from vision3dgen.metrics.language import CaptionScores as CaptionScores
+from vision3dgen.metrics.language import Guesses as Guesses
+from vision3dgen.metrics.language import LanguageEvaluator as LanguageEvaluator
+from vision3dgen.metrics.language import LanguageScores as LanguageScores
+from vision3dgen.metrics.language import Pointing as Pointing
+from vision3dgen.metrics.language import bleu as bleu
+from vision3dgen.metrics.language import perplexity as perplexity
+from vision3dgen.metrics.language import pointing as pointing
 from vision3dgen.metrics.protocols import PROTOCOLS as PROTOCOLS
 from vision3dgen.metrics.protocols import Protocol as Protocol
 from vision3dgen.metrics.recognition import ClassEvaluator as ClassEvaluator
@@ -27,4 +38,9 @@ from vision3dgen.metrics.shape import score_shape as score_shape
 from vision3dgen.metrics.shape import surface_distances as surface_distances
 from vision3dgen.metrics.shape import voxel_iou as voxel_iou
 
-EVALUATIONS: dict[str, type[Evaluator]] = {"shapes": ShapeEvaluator, "classes": ClassEvaluator}
+EVALUATIONS: dict[str, type[Evaluator]] = {
+    "shapes": ShapeEvaluator,
+    "classes": ClassEvaluator,
+    "captions": CaptionEvaluator,
+    "language": LanguageEvaluator,
+}

@@ -6,12 +6,20 @@ from vision3dgen.models.baselines import MeanShape as MeanShape
 from vision3dgen.models.baselines import OracleNeighbor as OracleNeighbor
 from vision3dgen.models.baselines import Retrieval as Retrieval
 from vision3dgen.models.baselines import ShapeLibrary as ShapeLibrary
+from vision3dgen.models.captioning import Captioner as Captioner
+from vision3dgen.models.decoders import DECODERS as DECODERS
+from vision3dgen.models.decoders import AttentionDecoder as AttentionDecoder
+from vision3dgen.models.decoders import RecurrentDecoder as RecurrentDecoder
+from vision3dgen.models.decoders import SequenceDecoder as SequenceDecoder
+from vision3dgen.models.decoders import TransformerDecoder as TransformerDecoder
+from vision3dgen.models.language import MaskedLanguageModel as MaskedLanguageModel
 from vision3dgen.models.recognition import Classifier as Classifier
 from vision3dgen.models.recognition import FullyConnected as FullyConnected
 from vision3dgen.models.recognition import LinearClassifier as LinearClassifier
 from vision3dgen.models.recognition import NearestNeighbors as NearestNeighbors
 from vision3dgen.models.recognition import Neighbors as Neighbors
 from vision3dgen.models.recognition import Recognition as Recognition
+from vision3dgen.models.search import beam_search as beam_search
 from vision3dgen.models.single_view import IMAGENET_MEAN as IMAGENET_MEAN
 from vision3dgen.models.single_view import IMAGENET_STD as IMAGENET_STD
 from vision3dgen.models.single_view import SingleView as SingleView
@@ -21,4 +29,6 @@ MODELS: dict[str, type[nn.Module]] = {
     "linear_classifier": LinearClassifier,
     "fully_connected": FullyConnected,
     "classifier": Classifier,
+    "captioning": Captioner,
+    "masked_language": MaskedLanguageModel,
 }
