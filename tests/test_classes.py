@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.test_docs import python_blocks
 from vision3dgen import cli, viz
 from vision3dgen.config import ConfigError, load
 from vision3dgen.experiment import Run
@@ -214,7 +215,7 @@ def test_figures_of_scores(tmp_path):
 def test_mistakes_keep_their_pixels_sharp(tmp_path):
     image = torch.zeros(1, 28, 28)
     image[0, 3, 5] = 1
-    sheet = viz.mistakes([image] * 5, ["7"] * 5, ["1"] * 5, tmp_path / "mistakes.png", columns=3)
+    sheet = viz.mistakes([image] * 5, ["7"] * 5, ["1"] * 5, tmp_path / "mistakes.png", columns=3, size=84)
     white_blocks = (sheet[6 : 6 + 84, 6 : 6 + 84] == 255).all(-1)
     assert white_blocks.sum() == 9  # one pixel, three times as large
     with pytest.raises(ValueError, match="must be as many, at least one, got 1, 2 and 1"):
@@ -309,3 +310,11 @@ def test_the_benchmark_leaves_a_table_and_pictures(shared_data, tmp_path):
         "templates_softmax.png", "templates_svm.png", "confusion_softmax.png", "confusion_resnet.png", "classes.png",
         "mistakes.png",
     }  # fmt: skip
+
+
+def test_the_examples_of_the_page_run(capsys):
+    for block in python_blocks(CONFIGS.parent / "docs" / "recognition.md"):
+        exec(block, {})
+    printed = capsys.readouterr().out
+    assert "tensor([2.3026]) tensor([9.])" in printed
+    assert "tensor([0, 1])" in printed

@@ -81,10 +81,10 @@ class Experiment:
     data: a dataset by name and its arguments, without the split. splits: arguments that differ for train, val or test.
     model: a model by name and its arguments; those named in `PARTS` (a `backbone`, a `head`) are objects by name too.
     trainer: arguments of `engine.Trainer`. evaluation: one of `EVALUATIONS` by name and its arguments, else shapes.
-    weights: by module of the model, the run folder or file that its first weights come from.
-    prepare: data to make first, by name and arguments, unless it is there. initialize: a
-    trained run to start from, where names fit. augment: `steps` by name and arguments, and what else `datasets.Augment`
-    takes, for the train split alone.
+    weights: by module of the model, the run folder or file of which it takes the first weights, all of them.
+    prepare: data to make first, by name and arguments, unless it is there. initialize: a trained run to start from,
+    where names fit. augment: `steps` by name and arguments, and what else `datasets.Augment` takes, for the train
+    split alone.
     """
 
     data: Mapping[str, Any]
@@ -240,10 +240,11 @@ class Run:
             experiment.loader.num_workers,
         )
         model = experiment.build_model()
-        for name, source in experiment.weights.items():
-            load_module(model, name, source)
-        if experiment.initialize is not None and engine.latest(self.folder) is None:
-            experiment.initialize.load(model)
+        if engine.latest(self.folder) is None:
+            for name, source in experiment.weights.items():
+                load_module(model, name, source)
+            if experiment.initialize is not None:
+                experiment.initialize.load(model)
         given: dict[str, Any] = dict(zip(GIVEN_TO_TRAINER, (model, data, self.folder, experiment.seed)))
         trainer = construct(Trainer, experiment.trainer, where="trainer", **given)
         return trainer.fit(self._validation() if trainer.validation else None, resume=resume, report=report)

@@ -18,8 +18,8 @@ from vision3dgen.viz.scene import PALETTE
 def class_templates(templates: Float[Tensor, "K C H W"], names: Sequence[str], path: PathLike) -> None:
     """The weights of a linear classifier, a panel per class, all on one scale.
 
-    One channel is drawn from orange (against the class) over white to blue (for it); three channels as a color picture
-    in which gray is zero.
+    One channel is drawn from orange (against the class) over white to violet (for it); three channels as a color
+    picture in which gray is zero.
     """
     count, channels = templates.shape[:2]
     if len(names) != count or channels not in (1, 3):
@@ -100,8 +100,9 @@ def class_accuracy_figure(accuracies: Mapping[str, Mapping[str, float | None]], 
     axis = figure.subplots()
     markers = "osD^vPX*<>"
     for index, (name, values) in enumerate(accuracies.items()):
-        places = [place for place, label in enumerate(classes) if values[label] is not None]
-        heights = [100 * values[classes[place]] for place in places]  # type: ignore[operator]
+        aside = 0.7 * ((index + 0.5) / len(accuracies) - 0.5)  # so that no dot hides another
+        found = [(place + aside, 100 * v) for place, label in enumerate(classes) if (v := values[label]) is not None]
+        places, heights = zip(*found) if found else ((), ())
         axis.plot(
             places, heights, markers[index % len(markers)], color=PALETTE[index % len(PALETTE)], markersize=5,
             label=name, alpha=0.9,
@@ -112,6 +113,9 @@ def class_accuracy_figure(accuracies: Mapping[str, Mapping[str, float | None]], 
     axis.set_xlabel("class", fontsize=9)
     axis.tick_params(labelsize=8)
     axis.grid(axis="y", alpha=0.25, linewidth=0.6)
+    for place in range(1, len(classes)):
+        axis.axvline(place - 0.5, color="0.85", linewidth=0.6)
+    axis.set_xlim(-0.5, len(classes) - 0.5)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
     save_figure(figure, path)
@@ -119,7 +123,7 @@ def class_accuracy_figure(accuracies: Mapping[str, Mapping[str, float | None]], 
 
 def mistakes(
     images: Sequence[Picture], truths: Sequence[str], predictions: Sequence[str], path: PathLike, *, columns: int = 8,
-    size: int = 84,
+    size: int = 168,
 ) -> np.ndarray:  # fmt: skip
     """Pictures that were taken for something else, each with "truth > prediction" under it."""
     if not len(images) == len(truths) == len(predictions) or not images:
