@@ -372,7 +372,7 @@ def test_only_words_left_out_count_and_padding_is_not_looked_at():
     expected = -(logits[0, 1, 5] + logits[1, 2, 9]).detach() / 2
     torch.testing.assert_close(model.loss(batch)["loss"].detach(), expected)
     guesses = model.predict(batch)
-    assert guesses.count.tolist() == [1, 1]
+    assert guesses.words.tolist() == [1, 1]
     assert float(guesses.nats.sum()) == pytest.approx(2 * float(expected), rel=1e-5)
     longer = {k: torch.cat([v, torch.full((2, 3), PAD)], 1) for k, v in batch.items() if k != "id"}
     torch.testing.assert_close(model.loss(longer)["loss"].detach(), expected)

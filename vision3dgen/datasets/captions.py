@@ -159,8 +159,8 @@ class Captions(torch.utils.data.Dataset[dict[str, Any]]):
         if len(listed) != 1:
             found = [path.stem for path in listed] or "none" + (f" named {manifest!r}" if manifest else "")
             raise ValueError(f"{self.root / 'splits'}: one split manifest is needed for {split!r}, found {found}")
-        found = SplitManifest.read(listed[0], self.root)
-        return {name for names in found.splits[split].values() for name in names}
+        manifests = SplitManifest.read(listed[0], self.root)
+        return {name for names in manifests.splits[split].values() for name in names}
 
     def _where(self, index: int) -> str:
         return f"{self.file}, line {self._numbers[index]}"
@@ -218,10 +218,10 @@ class Captions(torch.utils.data.Dataset[dict[str, Any]]):
         found = self.lines[index].get("camera")
         if found is None:
             raise ValueError(f"{self._where(index)}: the field 'camera' was asked for, but the line does not have it")
-        camera = Camera(
-            *(torch.tensor(found[key], dtype=torch.float64) for key in ("rotation", "translation", "intrinsics")),
-            self._size(index),
+        rotation, translation, intrinsics = (
+            torch.tensor(found[key], dtype=torch.float64) for key in ("rotation", "translation", "intrinsics")
         )
+        camera = Camera(rotation, translation, intrinsics, self._size(index))
         return camera if self.image_size is None else camera.resize((self.image_size, self.image_size))
 
 

@@ -109,8 +109,10 @@ def draw_scene(rng: np.random.Generator, shapes: int) -> Scene:
             category, color = objects[-1].category, objects[-1].color
         number, angle = int(rng.integers(shapes)), float(rng.uniform(-_TURN, _TURN))
         objects.append(SceneObject(category, color, number, place, angle, float(rng.uniform(0.95, 1.1))))
+    extent = float(np.ptp(places, axis=0).max())  # 0 for one object
+    distance = float(rng.uniform(1.9, 2.2)) + 0.6 * extent  # so that the objects about fill the picture
     azimuth, elevation = float(rng.uniform(0, 360)), float(rng.uniform(28, 38))
-    return Scene(tuple(objects), azimuth, elevation, float(rng.uniform(3.1, 3.4)), float(rng.uniform(0.5, 0.7)))
+    return Scene(tuple(objects), azimuth, elevation, distance, float(rng.uniform(0.5, 0.7)))
 
 
 def _draw_places(rng: np.random.Generator, count: int) -> list[tuple[float, float]]:
@@ -272,11 +274,19 @@ def make_scene(seed: int, index: int, *, image_size: int = 96, shapes: int = 4) 
     rng = np.random.default_rng([seed, _SCENES, index])
     while True:
         scene = draw_scene(rng, shapes)
+        if not _fits(scene, image_size):
+            continue
         view = view_scene(scene, image_size)
         seen = torch.bincount(view.objects.flatten().long(), minlength=len(scene.objects) + 1)[1:]
-        border = torch.cat([view.objects[[0, -1]].flatten(), view.objects[:, [0, -1]].flatten()])
-        if int(seen.min()) * (96 / image_size) ** 2 >= _LEAST and not border.any():
+        if int(seen.min()) * (96 / image_size) ** 2 >= _LEAST:
             return scene, view
+
+
+def _fits(scene: Scene, image_size: int) -> bool:
+    """Whether the picture shows all objects whole, with a pixel to spare."""
+    verts = torch.cat(scene_mesh(scene).verts_list()[1:])
+    pixels = scene_camera(scene, image_size).project(verts)[0]
+    return bool(((pixels > 1) & (pixels < image_size - 1)).all())
 
 
 # ------------------------------------------------------------------------------------------------------- on the disk
@@ -285,7 +295,7 @@ def make_scene(seed: int, index: int, *, image_size: int = 96, shapes: int = 4) 
 class _Job(NamedTuple):
     root: Path
     seed: int
-    index: int
+    number: int
     image_size: int
     shapes: int
     captions: int
@@ -361,8 +371,8 @@ def _complete(root: Path, settings: dict[str, Any]) -> bool:
 
 def _write_scene(job: _Job) -> dict[str, Any]:
     """Draw and write one scene; its line of scenes.jsonl."""
-    scene, view = make_scene(job.seed, job.index, image_size=job.image_size, shapes=job.shapes)
-    name = f"{job.index:06d}"
+    scene, view = make_scene(job.seed, job.number, image_size=job.image_size, shapes=job.shapes)
+    name = f"{job.number:06d}"
     files = {"image": f"images/{name}.png", "mask": f"masks/{name}.png", "depth": f"depth/{name}.png"}
     write_png(job.root / files["image"], view.image.numpy())
     write_png(job.root / files["mask"], view.objects.numpy())
@@ -378,7 +388,7 @@ def _write_scene(job: _Job) -> dict[str, Any]:
         "intrinsics": view.camera.intrinsics.tolist(),
         "image_size": list(view.camera.image_size),
     }
-    said = _choose(sentences(scene), job.captions, np.random.default_rng([job.seed, _SCENES, job.index, 1]))
+    said = _choose(sentences(scene), job.captions, np.random.default_rng([job.seed, _SCENES, job.number, 1]))
     return {"id": name, **files, "captions": said, "objects": objects, "camera": camera}
 
 

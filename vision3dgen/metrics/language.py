@@ -41,7 +41,7 @@ class Guesses(NamedTuple):
     """What a masked language model makes of sentences."""
 
     nats: Float[Tensor, " B"]  # sum of -log p over the words left out
-    count: Int[Tensor, " B"]  # of them
+    words: Int[Tensor, " B"]  # number of them
     right: Int[Tensor, " B"]  # of them guessed
 
 
@@ -263,8 +263,8 @@ class LanguageEvaluator(Evaluator):
         for batch in batches:
             guesses = predict(batch)
             for index, identity in enumerate(batch["id"]):
-                nats, count, right = (float(values[index]) for values in guesses)
-                rows.append({"id": identity, "nats": nats, "words": int(count), "right": int(right)})
+                values = {key: value[index].item() for key, value in guesses._asdict().items()}
+                rows.append({"id": identity, **values})
         if not rows:
             raise ValueError("there is no text to score")
         with atomic_write(out) as file:

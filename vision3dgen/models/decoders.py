@@ -193,6 +193,8 @@ class TransformerDecoder(SequenceDecoder):
         max_length: int = 32, dropout: float = 0.0, level: int = -1,
     ):  # fmt: skip
         super().__init__(channels, vocabulary_size, level)
+        if layers < 1:
+            raise ValueError(f"layers must be at least 1, got {layers}")
         self.annotate = Annotations(self.in_channels, width)
         self.embedding = nn.Embedding(vocabulary_size, width)
         nn.init.normal_(self.embedding.weight, std=0.02)
@@ -208,9 +210,10 @@ class TransformerDecoder(SequenceDecoder):
 
     def _decode(self, memory: Tensor, shape: tuple[int, ...], tokens: Tensor) -> Decoded:
         x = self.dropout(self.positions(self.embedding(tokens)))  # (B, T, D)
-        *first, last = self.blocks
-        for block in first:
+        for block in self.blocks[:-1]:
             x = block(x, memory)
+        last = self.blocks[-1]
+        assert isinstance(last, TransformerDecoderBlock)
         weights = last.memory_weights(x, memory).mean(1)  # (B, T, N)
         x = self.norm(last(x, memory))
         logits = x @ self.embedding.weight.T + self.bias
