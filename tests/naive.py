@@ -400,36 +400,3 @@ def hinge(scores, labels, margin):
                 gradient[i, label] -= 1
         losses.append(total)
     return torch.tensor(losses, dtype=scores.dtype), gradient
-
-
-def bleu(candidates, references, order, add_one):
-    """BLEU of a corpus with clipped counts and the closest reference's length, n-gram by n-gram."""
-    product, own, closest = 1.0, 0, 0
-    for n in range(1, order + 1):
-        matched = total = 0
-        for candidate, known in zip(candidates, references):
-            runs = [tuple(candidate[i : i + n]) for i in range(len(candidate) - n + 1)]
-            total += len(runs)
-            for run in set(runs):
-                most = 0
-                for reference in known:
-                    most = max(most, sum(tuple(reference[i : i + n]) == run for i in range(len(reference))))
-                matched += min(sum(other == run for other in runs), most)
-        if add_one and n > 1:
-            matched, total = matched + 1, total + 1
-        if matched == 0:
-            return 0.0
-        product *= (matched / total) ** (1 / order)
-    for candidate, known in zip(candidates, references):
-        own += len(candidate)
-        best = None
-        for reference in known:
-            gap = abs(len(reference) - len(candidate))
-            if (
-                best is None
-                or gap < abs(best - len(candidate))
-                or (gap == abs(best - len(candidate)) and len(reference) < best)
-            ):
-                best = len(reference)
-        closest += best
-    return product * (1 if own > closest else math.exp(1 - closest / own))
