@@ -549,17 +549,21 @@ def draw_scaling(rows: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for color, name in zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7"), dict.fromkeys(row.by for row in rows)):
-        mine = [row for row in rows if row.by == name]
-        points = [int(row.work.split()[-1]) for row in mine]
-        axes[0].loglog(points, [row.seconds for row in mine], "o-", color=color, label=name)
-        axes[1].loglog(points, [max(row.mebibytes or 0, 0.1) for row in mine], "o-", color=color, label=name)
-    axes[0].set(xlabel="points", ylabel="seconds", title="chamfer distance, forward + backward")
-    axes[1].set(xlabel="points", ylabel="MiB beyond the input", title="memory")
-    for axis in axes:
+    panels: list[tuple[str, Callable[[Row], float | None]]] = [("seconds", lambda row: row.seconds)]
+    if all(row.mebibytes is not None for row in rows):
+        panels.append(("MiB beyond the input", lambda row: max(row.mebibytes or 0.0, 0.1)))
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(4.5 * len(panels), 3.6), layout="constrained", squeeze=False
+    )
+    for axis, (label, value) in zip(axes[0], panels):
+        for color, name in zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7"), dict.fromkeys(row.by for row in rows)):
+            mine = [row for row in rows if row.by == name]
+            points = [int(row.work.split()[-1]) for row in mine]
+            axis.loglog(points, [value(row) for row in mine], "o-", color=color, label=name)
+        axis.set(xlabel="points", ylabel=label)
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    axes[0, 0].legend()
+    figure.suptitle("chamfer distance, forward + backward", fontsize=11)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
