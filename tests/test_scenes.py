@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vision3dgen import cli
-from vision3dgen.datasets import SplitManifest, make_scene, prepare_scenes, sentences
+from vision3dgen.datasets import SplitManifest, make_scene, prepare_scenes, scenes, sentences
 from vision3dgen.datasets.scenes import (
     COLORS,
     DEPTH_UNITS,
@@ -176,6 +176,17 @@ def test_objects_have_their_color_and_stand_on_the_floor():
         assert view.image[view.objects == number].float().mean(0).argmax() == channel
     for verts in scene_mesh(made).verts_list()[1:]:
         assert verts[:, 1].min() == pytest.approx(0, abs=1e-9)
+
+
+def test_an_object_with_angle_zero_faces_the_camera():
+    made = scene(SceneObject("chair", "red", 0, (0.4, -0.2), 0.0, 1.1))
+    standing, placed = scenes._surface("chair", 0)[0], scene_mesh(made).verts_list()[1]
+    turn = torch.linalg.lstsq(standing - standing.mean(0), placed - placed.mean(0)).solution.T / 1.1
+    azimuth = math.radians(made.azimuth)
+    front = turn @ torch.tensor([0.0, 0.0, -1.0], dtype=torch.float64)  # ShapeNet's
+    assert front.tolist() == pytest.approx([math.sin(azimuth), 0, math.cos(azimuth)], abs=1e-9)
+    camera = scenes.scene_camera(made, 64)
+    assert camera.world_to_camera(placed)[:, 0].mean() == pytest.approx(0.4, abs=0.1)  # to the camera's right
 
 
 def test_a_scene_depends_on_seed_and_index_alone():
