@@ -28,6 +28,7 @@ KINDS = {
     "gru": lambda: DECODERS["recurrent"](CHANNELS, WORDS, cell="gru", hidden=8, embedding=7),
     "lstm": lambda: DECODERS["recurrent"](CHANNELS, WORDS, cell="lstm", hidden=8, embedding=7),
     "attention": lambda: DECODERS["attention"](CHANNELS, WORDS, hidden=7, embedding=6, width=8),
+    "attention after": lambda: DECODERS["attention"](CHANNELS, WORDS, hidden=7, embedding=6, width=8, look="after"),
     "transformer": lambda: DECODERS["transformer"](CHANNELS, WORDS, width=8, heads=2, layers=2, max_length=13),
 }
 
@@ -106,7 +107,7 @@ def test_the_image_is_seen_and_where_things_are(decoder):
     assert not torch.allclose(before, mirrored, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["attention", "transformer"])
+@pytest.mark.parametrize("name", ["attention", "attention after", "transformer"])
 def test_attention_sums_to_one_over_the_map(name):
     attention = KINDS[name]().eval()(features(), sentences()).attention
     assert attention.shape == (3, 7, 3, 5)
@@ -114,22 +115,44 @@ def test_attention_sums_to_one_over_the_map(name):
     torch.testing.assert_close(attention.sum((2, 3)), torch.ones(3, 7))
 
 
-def test_soft_attention_is_the_formula_in_loops():
+@pytest.mark.parametrize("look", ["before", "after"])
+def test_soft_attention_is_the_formula_in_loops(look):
     torch.manual_seed(0)
     decoder, maps, tokens = KINDS["attention"]().eval(), features(batch=1), sentences(batch=1)
+    decoder.look = look
     places = decoder.annotate(maps[1])[0]
     mean = places.mean(0)
-    hidden, cell = torch.tanh(decoder.start_hidden(mean)), torch.tanh(decoder.start_cell(mean))
+    hidden, cell, context = torch.tanh(decoder.start_hidden(mean)), torch.tanh(decoder.start_cell(mean)), mean
     decoded = decoder(maps, tokens)
-    for t, token in enumerate(tokens[0]):
+
+    def see():
         scores = [decoder.score(torch.tanh(decoder.key(place) + decoder.query(hidden))).exp() for place in places]
         weights = [score / sum(scores) for score in scores]
-        context = torch.sigmoid(decoder.gate(hidden)) * sum(w * place for w, place in zip(weights, places))
+        return weights, torch.sigmoid(decoder.gate(hidden)) * sum(w * place for w, place in zip(weights, places))
+
+    for t, token in enumerate(tokens[0]):
         word = decoder.embedding.weight[token]
+        if look == "before":
+            weights, context = see()
         hidden, cell = (x[0] for x in decoder.cell(torch.cat([word, context])[None], (hidden[None], cell[None])))
+        if look == "after":
+            weights, context = see()
         logits = decoder.output(word + decoder.from_hidden(hidden) + decoder.from_context(context))
         torch.testing.assert_close(decoded.logits[0, t], logits)
         torch.testing.assert_close(decoded.attention[0, t].flatten(), torch.cat(weights))
+
+
+@pytest.mark.parametrize("look, knows", [("before", False), ("after", True)])
+def test_only_afterwards_does_the_look_know_the_word_before(look, knows):
+    torch.manual_seed(0)
+    decoder, maps, tokens = KINDS["attention"]().eval(), features(), sentences()
+    decoder.look = look
+    changed = tokens.clone()
+    changed[:, 3] = (tokens[:, 3] - 4) % 6 + 5
+    before, after = decoder(maps, tokens).attention, decoder(maps, changed).attention
+    assert torch.equal(before[:, :3], after[:, :3])
+    assert torch.equal(before[:, 3], after[:, 3]) != knows
+    assert not torch.equal(before[:, 4], after[:, 4])
 
 
 def test_every_parameter_gets_a_gradient(decoder):

@@ -117,27 +117,32 @@ class _Looking(NamedTuple):
     """State of `AttentionDecoder`."""
 
     places: Float[Tensor, "B N D"]
-    keys: Float[Tensor, "B N A"]  # their part of the scores, which does not change from word to word
-    shape: Float[Tensor, "B h w"]  # empty values; says how places lie in the map
+    keys: Float[Tensor, "B N D"]  # their part of the scores, which does not change from word to word
+    shape: Float[Tensor, "B h w"]  # says how places lie in the map
+    context: Float[Tensor, "B D"]  # what was seen last
     lstm: LSTMState
 
 
 class AttentionDecoder(SequenceDecoder):
-    """An LSTM that looks at the map before each word.
+    """An LSTM that looks at the map for each word.
 
         e_i = v · tanh(W a_i + U h),   α = softmax(e),   z = sigmoid(B h) Σ_i α_i a_i
         h, c = LSTM([E y, z], h, c),   p(next) ∝ exp(L (E y + L_h h + L_z z))
 
-    with y the word before. Source: Xu et al. 2015, Show, attend and tell (arXiv:1502.03044), deterministic "soft"
-    attention, equations 4 to 7 and section 4.2; the gate is one number per channel, theirs is one per image.
-    Differs: sinusoidal positions are added to the annotations a_i.
+    with y the word before. look: "before" the LSTM reads y, with the old h, as in Xu et al. 2015, Show, attend and tell
+    (arXiv:1502.03044), soft attention, equations 4 to 7 and section 4.2; or "after", with the new h, as in Lu et al.
+    2017 (arXiv:1612.01887), section 2.1, the LSTM being fed what was seen last. Only "after" does the look for a word
+    know the word before it: which of two objects "red" has just named.
+    Differs: sinusoidal positions are added to the annotations a_i, which are normalized; the gate is one number per
+    channel, Xu's is one per image.
     """
 
     def __init__(
         self, channels: list[int], vocabulary_size: int, *, hidden: int = 256, embedding: int = 128, width: int = 128,
-        dropout: float = 0.0, level: int = -1,
+        look: Literal["before", "after"] = "before", dropout: float = 0.0, level: int = -1,
     ):  # fmt: skip
         super().__init__(channels, vocabulary_size, level)
+        self.look = look
         self.annotate = Annotations(self.in_channels, width)
         self.embedding = nn.Embedding(vocabulary_size, embedding, padding_idx=PAD)
         self.start_hidden, self.start_cell = nn.Linear(width, hidden), nn.Linear(width, hidden)
@@ -155,17 +160,25 @@ class AttentionDecoder(SequenceDecoder):
         places = self.annotate(image)
         mean = places.mean(1)
         lstm = LSTMState(self.start_hidden(mean).tanh(), self.start_cell(mean).tanh())
-        return _Looking(places, self.key(places), image.detach()[:, 0], lstm)
+        return _Looking(places, self.key(places), image.detach()[:, 0], mean, lstm)
 
     def step(self, token: Int[Tensor, " B"], state: Any) -> Step:
-        hidden, cell = state.lstm
-        scores = self.score((state.keys + self.query(hidden)[:, None]).tanh())[..., 0]  # (B, N)
-        weights = scores.softmax(1)
-        context = self.gate(hidden).sigmoid() * (weights[..., None] * state.places).sum(1)  # (B, D)
         word = self.embedding(token)
-        lstm = self.cell(torch.cat([self.dropout(word), context], 1), (hidden, cell))
+        if self.look == "before":
+            context, weights = self._see(state, state.lstm.hidden)
+            lstm = self.cell(torch.cat([self.dropout(word), context], 1), state.lstm)
+        else:
+            lstm = self.cell(torch.cat([self.dropout(word), state.context], 1), state.lstm)
+            context, weights = self._see(state, lstm.hidden)
         summed = word + self.from_hidden(self.dropout(lstm.hidden)) + self.from_context(context)
-        return Step(self.output(summed), weights.view(state.shape.shape), state._replace(lstm=lstm))
+        state = state._replace(context=context, lstm=lstm)
+        return Step(self.output(summed), weights.view(state.shape.shape), state)
+
+    def _see(self, state: _Looking, hidden: Float[Tensor, "B H"]) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B N"]]:
+        """What is seen from a state of the LSTM, and the weights it is seen with."""
+        scores = self.score((state.keys + self.query(hidden)[:, None]).tanh())[..., 0]
+        weights = scores.softmax(1)
+        return self.gate(hidden).sigmoid() * (weights[..., None] * state.places).sum(1), weights
 
 
 # ------------------------------------------------------------------------------------------------------ transformer
