@@ -11,6 +11,7 @@ table.md, ops.jsonl, scaling.png and, with --meshes, inside.md in the output fol
 """
 
 import argparse
+import ctypes
 import functools
 import gc
 import importlib.util
@@ -148,9 +149,10 @@ def peak(run: Run, device: torch.device) -> float | None:
         torch.cuda.synchronize(device)
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     switch = Path("/proc/self/clear_refs")
-    if not switch.exists():
+    if not switch.exists() or not hasattr(ctypes.CDLL(None), "malloc_trim"):
         run()
         return None
+    ctypes.CDLL(None).malloc_trim(0)  # else what earlier calls freed would be used again, and not be seen
     switch.write_text("5")  # Linux: forget the highest resident size so far
     before = resident("VmRSS")
     run()
@@ -547,17 +549,21 @@ def draw_scaling(rows: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for color, name in zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7"), dict.fromkeys(row.by for row in rows)):
-        mine = [row for row in rows if row.by == name]
-        points = [int(row.work.split()[-1]) for row in mine]
-        axes[0].loglog(points, [row.seconds for row in mine], "o-", color=color, label=name)
-        axes[1].loglog(points, [max(row.mebibytes or 0, 0.1) for row in mine], "o-", color=color, label=name)
-    axes[0].set(xlabel="points", ylabel="seconds", title="chamfer distance, forward + backward")
-    axes[1].set(xlabel="points", ylabel="MiB beyond the input", title="memory")
-    for axis in axes:
+    panels: list[tuple[str, Callable[[Row], float | None]]] = [("seconds", lambda row: row.seconds)]
+    if all(row.mebibytes is not None for row in rows):
+        panels.append(("MiB beyond the input", lambda row: max(row.mebibytes or 0.0, 0.1)))
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(4.5 * len(panels), 3.6), layout="constrained", squeeze=False
+    )
+    for axis, (label, value) in zip(axes[0], panels):
+        for color, name in zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7"), dict.fromkeys(row.by for row in rows)):
+            mine = [row for row in rows if row.by == name]
+            points = [int(row.work.split()[-1]) for row in mine]
+            axis.loglog(points, [value(row) for row in mine], "o-", color=color, label=name)
+        axis.set(xlabel="points", ylabel=label)
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    axes[0, 0].legend()
+    figure.suptitle("chamfer distance, forward + backward", fontsize=11)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
@@ -652,14 +658,20 @@ def write(out: Path, rows: list[Row], curves: list[Row]) -> None:
 
 
 def table(rows: list[Row]) -> str:
-    """A row per contestant; `ratio` is its time over this library's."""
-    lines = ["| operator | work | pass | by | ms | ratio | MiB |", "|---|---|---|---|---:|---:|---:|"]
-    own: dict[tuple[str, str, str], Row] = {}
+    """A row per contest: this library's time and memory, then how many times as long others take, and their memory."""
+    lines = ["| operator | work | pass | ms | MiB | PyTorch3D | others |", "|---|---|---|---:|---:|---:|---|"]
+    contests: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        first = own.setdefault((row.operator, row.work, row.passes), row)
-        memory = "-" if row.mebibytes is None else f"{row.mebibytes:.1f}"
-        head = f"| {row.operator} | {row.work} | {row.passes} " if row is first else "| | | "
-        lines.append(f"{head}| {row.by} | {row.seconds * 1e3:.2f} | {row.seconds / first.seconds:.2f} | {memory} |")
+        contests.setdefault((row.operator, row.work, row.passes), []).append(row)
+    for (operator, work, passes), (own, *others) in contests.items():
+        ratios = {}
+        for row in others:
+            memory = "" if row.mebibytes is None else f", {row.mebibytes:.0f} MiB"
+            ratios[row.by] = f"{row.seconds / own.seconds:.1f}x{memory}"
+        memory = "-" if own.mebibytes is None else f"{own.mebibytes:.0f}"
+        theirs = ratios.pop("PyTorch3D", "-")
+        rest = "; ".join(f"{name} {ratio}" for name, ratio in ratios.items())
+        lines.append(f"| {operator} | {work} | {passes} | {own.seconds * 1e3:.2f} | {memory} | {theirs} | {rest} |")
     return "\n".join(lines) + "\n"
 
 

@@ -3,10 +3,10 @@
     python benchmarks/recognition.py --data data/mnist --out runs/recognition
 
 Of the 10,000 published test images 8,000 train and 2,000 test, drawn with seed 0, so that the two small files suffice.
-Nothing is chosen by looking at the 2,000: steps and rates are those of configs/recognition_*_mnist.yaml, without
-validation, and the last weights count. Leaves in the output folder: table.md, table.jsonl, templates_softmax.png,
-templates_svm.png, confusion_softmax.png, confusion_resnet.png, classes.png, mistakes.png, and one run folder per
-network. Interrupted, it goes on where it was. Exit code 1 if a check under the table fails.
+Steps and rates are those of configs/recognition_*_mnist.yaml; there is no validation, and the last weights count.
+Leaves in the output folder: table.md, table.jsonl, templates_softmax.png, templates_svm.png, confusion_softmax.png,
+confusion_resnet.png, classes.png, mistakes.png, and one run folder per network. Interrupted, it goes on where it was.
+Exit code 1 if a check under the table fails.
 """
 
 import argparse

@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from vision3dgen.datasets.augment import (
 )
 from vision3dgen.engine import Data, ShuffleSampler
 from vision3dgen.engine.loading import make_loader
+from vision3dgen.io import read_image
 from vision3dgen.structures import Camera
 
 H, W = 37, 53
@@ -257,6 +259,9 @@ def test_what_leaves_the_picture_is_marked():
     assert found["keypoints_visible"].tolist() == [False, True, False, False]
     assert found["keypoints"][0].tolist() == [-3, -2]  # moved, not clipped
     assert found["labels"].tolist() == [1, 2, 3]
+    lost = Augment([Crop((11, 13), center=True), Blur(probability=0), Scale((0.3, 0.3))])(sample())
+    assert lost["keypoints_visible"].tolist() == [False, True, False, False]  # back inside, where no picture is
+    assert lost["boxes_visible"].tolist() == [True, False, False]
     known = sample() | {"keypoints_visible": torch.tensor([True, False, True, True])}
     assert Augment([])(known)["keypoints_visible"].tolist() == [True, False, True, False]
     assert known["keypoints_visible"].tolist() == [True, False, True, True]  # the caller's own is untouched
@@ -305,6 +310,14 @@ def test_distortion_moves_points_by_the_formula_and_pictures_alike():
             continue
         shown = found["image"][:2, int(v), int(u)].flip(0)
         torch.testing.assert_close(shown.double(), old, rtol=0, atol=1.0)  # within a pixel
+
+
+def test_the_box_of_a_bent_outline_reaches_to_its_middle():
+    item = {"image": torch.rand(3, H, W), "boxes": torch.tensor([[3.0, 12.0, 50.0, 36.0]])}
+    found = Augment([Distort((-0.14, -0.14))])(item)["boxes"][0]
+    half, middle = math.hypot(H, W) / 2, torch.tensor([W / 2, H / 2])
+    below = (36.0 - H / 2) / half  # the point of the lower edge under the middle, further out than the corners
+    assert found[3].item() == pytest.approx(below * (1 - 0.14 * below**2) * half + middle[1].item(), abs=0.01)
 
 
 def test_distortion_takes_the_camera_away_or_refuses():
@@ -459,3 +472,43 @@ def test_every_name_builds_and_bad_values_are_named():
         Augment([])({"depth": torch.zeros(1, 2, 3)})
     with pytest.raises(ValueError, match=r"image_size is \(37, 53\), the image's \(5, 7\)"):
         Augment([])({"image": torch.zeros(3, 5, 7), "camera": camera()})
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_manual_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.chdir(tmp_path)
+    manual = (Path(__file__).parents[1] / "docs" / "augmentation.md").read_text()
+    namespaces = []
+    for block in manual.split("```python\n")[1:]:
+        namespaces.append({"__name__": "example"})
+        exec(block.split("```")[0], namespaces[-1])
+    picture, _, fitted = namespaces
+    assert (tmp_path / "augmentations.png").stat().st_size < 300_000
+    assert {title for title, _ in picture["cells"]} >= set(AUGMENTATIONS)
+    for _, found in picture["cells"]:
+        if "camera" in found:  # the crosses are on the dots
+            pixels = found["camera"].project(picture["corners"]).pixels
+            torch.testing.assert_close(found["keypoints"], pixels)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("tensor([1.")
+    assert (fitted["zca"].inverse(fitted["white"]) - fitted["images"]).abs().max() < 1e-4
+
+
+def test_photographs_with_pedestrians(shared_data: Path):
+    found = 0
+    for path in sorted((shared_data / "pennfudan").glob("*_mask.png"))[:3]:
+        numbers = torch.from_numpy(read_image(path)[..., 0].copy())
+        image = torch.from_numpy(read_image(path.with_name(path.name.replace("_mask", "")))[..., :3].copy())
+        masks = torch.stack([numbers == number for number in numbers.unique() if number])
+        item = {
+            "image": image.permute(2, 0, 1).float() / 255,
+            "masks": masks,
+            "boxes": torch.tensor([bounding_box(mask) for mask in masks]).float(),
+        }
+        moved_item = Augment([ResizedCrop((240, 320), area=(0.5, 0.9)), Flip(1.0)])(item, seeded(found))
+        for mask, box, visible in zip(moved_item["masks"], moved_item["boxes"], moved_item["boxes_visible"]):
+            whole = (box[:2] > 0).all() and box[2] < 320 and box[3] < 240  # else the cut may leave less than the box
+            if visible and whole:
+                found += 1
+                torch.testing.assert_close(box, torch.tensor(bounding_box(mask)).float(), rtol=0, atol=1.0)
+    assert found >= 3

@@ -109,7 +109,7 @@ def small(name):
         settings = {"depth": 2, "heads": 3, "width": 24, "mlp_width": 31, "image_size": 96}
     elif name.startswith("vgg"):
         settings = {"widths": (8, 12, 16, 24, 28)}
-    elif name in RESNETS and not name.endswith(("20", "56")):
+    elif name in RESNETS and name not in ("resnet8", "resnet20", "resnet56", "preact_resnet20"):
         settings = {"widths": (8, 16, 24, 40)} | ({"groups": 2, "base_width": 32} if "x" in name else {})
     elif name in {**FPNS, **HYBRIDS}:  # a residual network inside another
         thin = partial(BACKBONES[name].args[0], widths=(8, 16, 24, 40))

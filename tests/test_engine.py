@@ -777,6 +777,23 @@ def test_a_dataset_hears_of_each_epoch(num_workers):
     assert [next(batches)[:, 0].tolist() for _ in range(4)] == [[0, 0], [0, 0], [1, 1], [1, 1]]
 
 
+@pytest.mark.slow
+def test_the_other_examples_of_the_manual_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    monkeypatch.chdir(tmp_path)
+    manual = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    namespace: dict[str, Any] = {"__name__": "example"}
+    for block in manual.split("```python\n")[1:]:
+        exec(block.split("```")[0], namespace)
+    assert set(namespace["parts"]) == {"train", "val", "test"}
+    assert namespace["found"].error < 1e-4
+    error = namespace["validate"](namespace["ensemble"].models[-1])["error"]
+    printed = capsys.readouterr().out.splitlines()
+    assert "{'4': 1.0, '2': 0.5, '0': 0.25}" in printed
+    members, together = eval(printed[-3]), float(printed[-2])
+    assert error == pytest.approx(members[-1], rel=1e-5)
+    assert together <= sum(members) / 3
+
+
 def test_the_example_of_the_manual_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     monkeypatch.chdir(tmp_path)
     manual = (Path(__file__).parents[1] / "docs" / "training.md").read_text()

@@ -98,7 +98,7 @@ def test_independent_models_are_scored_against_their_mixture(tmp_path: Path):
 @pytest.mark.slow
 def test_each_cycle_of_one_run_leaves_a_snapshot(tmp_path: Path):
     schedule = Schedule("cosine_restarts", cycles=3)
-    result = run(tmp_path, schedule=schedule, record=Record(log_every=10, checkpoint_every=5, keep=1)).fit()
+    result = run(tmp_path, schedule=schedule, record=Record(log_every=10, checkpoint_every=7, keep=1)).fit()
     found = snapshots(tmp_path)
     assert [folder.name for folder in found] == ["step_00000020", "step_00000040", "step_00000060"]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [folder.name for folder in found]

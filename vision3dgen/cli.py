@@ -10,8 +10,8 @@ from vision3dgen import __version__
 
 # Modules are imported in the functions: `vision3dgen --help` must not wait for torch.
 
-EXIT_CODES = """exit codes: 0 done; 1 some items were rejected or failed (they are listed); 2 bad arguments,
-configuration or input; 128 + N stopped by signal N after saving a checkpoint"""
+EXIT_CODES = """exit codes: 0 done; 1 some items were rejected or failed, or doctor found faults (they are listed);
+2 bad arguments, configuration or input; 128 + N stopped by signal N after saving a checkpoint"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,6 +93,42 @@ def _parser() -> argparse.ArgumentParser:
     view.add_argument("--items", type=int, default=8, help="test items to show (default: 8)")
     view.add_argument("--out", type=Path, help="where pictures go without a display (default: RUN/view)")
     _device(view)
+
+    doctor = _command(
+        commands, "doctor", _doctor, "check the machine, a data folder, or an experiment before it runs",
+        "vision3dgen doctor configs/X.yaml --preset tiny --out runs/doctor",
+    )  # fmt: skip
+    doctor.add_argument(
+        "subject",
+        type=Path,
+        nargs="?",
+        metavar="CONFIG_OR_FOLDER",
+        help="YAML file or data folder (default: the machine)",
+    )
+    _overridden(doctor)
+    doctor.add_argument(
+        "--steps", type=int, default=100, help="updates of overfitting and of the range test (default: 100)"
+    )
+    doctor.add_argument("--out", type=Path, help="folder for doctor.json, and doctor.png of an experiment")
+    _device(doctor)
+
+    sweep = _command(
+        commands, "sweep", _sweep, "search hyper-parameters: many runs, a table and a picture",
+        "vision3dgen sweep configs/X.yaml --space space.yaml --trials 20 --out runs/sweep",
+    )  # fmt: skip
+    _configured(sweep)
+    sweep.add_argument("--space", type=Path, required=True, help="YAML file: dotted keys and what values they may take")
+    sweep.add_argument("--trials", type=int, help="how many (a grid has as many as it has combinations)")
+    sweep.add_argument("--search", default="random", help="random, grid or halving (default: random)")
+    sweep.add_argument("--metric", help="key of metrics.jsonl (default: val/ and trainer.validation.metric)")
+    sweep.add_argument("--mode", help="max or min (default: trainer.validation.mode)")
+    sweep.add_argument("--out", type=Path, required=True, help="folder of the sweep; the same command goes on with it")
+    sweep.add_argument("--seed", type=int, default=0, help="of the values drawn, not of the runs (default: 0)")
+    sweep.add_argument("--address", help="of a Ray cluster (default: this machine alone)")
+    sweep.add_argument(
+        "--cpus-per-trial", type=float, default=1, help="how many trials run at once follows (default: 1)"
+    )
+    sweep.add_argument("--gpus-per-trial", type=float, help="may be a fraction (default: 1 if there is one)")
     return parser
 
 
@@ -110,6 +146,10 @@ def _command(commands: Any, name: str, run: Any, summary: str, example: str) -> 
 
 def _configured(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
+    _overridden(parser)
+
+
+def _overridden(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace the file's")
     parser.add_argument("--preset", help="a named set of overrides in the file, such as tiny")
 
@@ -210,6 +250,47 @@ def _view(options: argparse.Namespace) -> int:
     )
     print(shown)
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from vision3dgen import doctor
+    from vision3dgen.config import construct, load
+    from vision3dgen.experiment import Experiment
+
+    if options.subject is None:
+        findings = doctor.examine_environment()
+    elif options.subject.is_dir():
+        findings = doctor.examine_folder(options.subject)
+    else:
+        experiment = construct(Experiment, load(options.subject, options.overrides, preset=options.preset))
+        experiment.check()
+        findings = doctor.examine_experiment(experiment, options.out, device=options.device, steps=options.steps)
+    doctor.print_findings(findings)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        doctor.write_findings(findings, options.out / "doctor.json")
+    return 0 if doctor.is_sound(findings) else 1
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from vision3dgen.sweep import Source, Sweep
+
+    sweep = Sweep.create(
+        options.out,
+        Source(options.config, options.overrides, options.preset),
+        options.space,
+        trials=options.trials,
+        search=options.search,
+        metric=options.metric,
+        mode=options.mode,
+        seed=options.seed,
+    )
+    trials = sweep.run(address=options.address, cpus=options.cpus_per_trial, gpus=options.gpus_per_trial)
+    print((options.out / "table.md").read_text(encoding="utf-8"), end="")
+    waiting = sum(trial.status == "waiting" for trial in trials)
+    if waiting:
+        print(f"{waiting} trials have not run: the same command goes on with them")
+    return 1 if waiting or any(trial.status == "failed" for trial in trials) else 0
 
 
 if __name__ == "__main__":

@@ -87,7 +87,11 @@ for _kind, (_pattern, _first) in _SCALARS.items():
         _class.add_implicit_resolver(_TAG + _kind, re.compile(rf"^(?:{_pattern})$"), _first)
 
 
-def _parse(text: str, name: str, *, with_lines: bool = True) -> Any:
+_WORD = r"[\w-]+"
+_DOTTED = r"[\w-]+(\.[\w-]+|\[\d+\])*"  # a key of `load`'s overrides
+
+
+def _parse(text: str, name: str, *, with_lines: bool = True, key_pattern: str = _WORD) -> Any:
     """The one YAML document in `text`, mappings as `Config`."""
 
     def at(mark: Any) -> str:
@@ -101,7 +105,7 @@ def _parse(text: str, name: str, *, with_lines: bool = True) -> Any:
             mapping = Config({}, at(node.start_mark), {})
             for key_node, value_node in node.value:
                 key, source = key_node.value, at(key_node.start_mark)
-                if key_node.tag != _TAG + "str" or not re.fullmatch(r"[\w-]+", key):
+                if key_node.tag != _TAG + "str" or not re.fullmatch(key_pattern, key):
                     shown = key if isinstance(key, str) else "a collection"
                     raise ConfigError(f"{source}: a key must be a word (quoted if it reads as a number), got {shown}")
                 if key in mapping:
@@ -157,6 +161,11 @@ def load(path: str | os.PathLike[str], overrides: Iterable[str] = (), *, preset:
     return _attach(values, config, config.source, "")
 
 
+def load_flat(path: str | os.PathLike[str]) -> Config:
+    """Read a YAML mapping whose keys may be dotted (`a.b[0].c`), as it stands: nothing inherited, nothing resolved."""
+    return _read_mapping(Path(path), "", _DOTTED)
+
+
 def save(config: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Write a resolved configuration, atomically; `load` gives it back equal."""
     text = yaml.dump(_plain(config, escaped=True), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
@@ -173,19 +182,23 @@ def _plain(value: Any, *, escaped: bool = False) -> Any:
     return value.replace("${", r"\${") if escaped and isinstance(value, str) else value
 
 
-def _read_file(path: Path, above: tuple[Path, ...]) -> Config:
+def _read_mapping(path: Path, named: str = "", key_pattern: str = _WORD) -> Config:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from error
     except OSError as error:
-        named = f", inherited by {above[-1]}" if above else ""
         raise ConfigError(f"{path}: cannot read, {error.strerror}{named}") from error
-    config = _parse(text, str(path))
+    config = _parse(text, str(path), key_pattern=key_pattern)
     if config is None:
         raise ConfigError(f"{path}: the file is empty")
     if not isinstance(config, Config):
         raise ConfigError(f"{path}: must be a mapping of keys to values, got {_show(config)}")
+    return config
+
+
+def _read_file(path: Path, above: tuple[Path, ...]) -> Config:
+    config = _read_mapping(path, f", inherited by {above[-1]}" if above else "")
     for name in PRESETS:
         if not isinstance(config.get(name, config), Config):
             raise ConfigError(f"{config.sources[name]}: {name} must be a mapping, got {_show(config[name])}")
@@ -222,7 +235,7 @@ def _steps(key: str) -> list[str | int]:
 def _override(config: Config, text: str) -> None:
     source = f"override {text!r}"
     key, _, value = (part.strip() for part in text.partition("="))
-    if not value or not re.fullmatch(r"[\w-]+(\.[\w-]+|\[\d+\])*", key):
+    if not value or not re.fullmatch(_DOTTED, key):
         raise ConfigError(f"{source} must look like a.b=value (a.b=null for none)")
     steps = _steps(key)
     node: Any = config

@@ -81,10 +81,10 @@ class Experiment:
     data: a dataset by name and its arguments, without the split. splits: arguments that differ for train, val or test.
     model: a model by name and its arguments; those named in `PARTS` (a `backbone`, a `head`) are objects by name too.
     trainer: arguments of `engine.Trainer`. evaluation: one of `EVALUATIONS` by name and its arguments, else shapes.
-    weights: by module of the model, the run folder or file that its first weights come from.
-    initialize: parts of another kind of model to start from.
-    prepare: data to make first, by name and arguments, unless it is there. augment: `steps` by name and
-    arguments, and what else `datasets.Augment` takes, for the train split alone.
+    weights: by module of the model, the run folder or file of which it takes the first weights, all of them.
+    prepare: data to make first, by name and arguments, unless it is there. initialize: a trained run to start from,
+    where names fit. augment: `steps` by name and arguments, and what else `datasets.Augment` takes, for the train
+    split alone.
     """
 
     data: Mapping[str, Any]
@@ -95,8 +95,8 @@ class Experiment:
     splits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     weights: Mapping[str, Path] = field(default_factory=dict)
     prepare: Mapping[str, Any] | None = None
-    augment: Mapping[str, Any] | None = None
     initialize: Initialize | None = None
+    augment: Mapping[str, Any] | None = None
     seed: int = 0
 
     def check(self) -> None:
@@ -121,9 +121,7 @@ class Experiment:
     def _steps(self) -> list[Any]:
         steps = self.augment.get("steps") if self.augment is not None else None
         if not isinstance(steps, list):
-            raise ConfigError(
-                f"augment needs steps, a list of names and arguments; choose from {sorted(AUGMENTATIONS)}"
-            )
+            raise ConfigError(f"augment needs steps, a list; choose from {sorted(AUGMENTATIONS)}")
         return steps
 
     def prepare_data(self) -> None:
@@ -222,8 +220,13 @@ class Run:
             raise ConfigError(f"{folder} is not a run folder: it has no config.yaml")
         return Run(Path(folder), construct(Experiment, load(path)))
 
-    def train(self, *, resume: bool = False) -> engine.Result:
-        """Train to the end; `resume` continues from the newest whole checkpoint, if there is one."""
+    def train(
+        self, *, resume: bool = False, report: Callable[[Mapping[str, float]], None] | None = None
+    ) -> engine.Result:
+        """Train to the end; `resume` continues from the newest whole checkpoint, if there is one.
+
+        `report` is as in `Trainer.fit`.
+        """
         if not resume and engine.latest(self.folder) is not None:
             raise ConfigError(f"{self.folder} holds a trained run already: resume it, or choose another folder")
         experiment = self.experiment
@@ -237,13 +240,14 @@ class Run:
             experiment.loader.num_workers,
         )
         model = experiment.build_model()
-        if experiment.initialize is not None and engine.latest(self.folder) is None:
-            experiment.initialize.load(model)
-        for name, source in experiment.weights.items():
-            load_module(model, name, source)
+        if engine.latest(self.folder) is None:
+            for name, source in experiment.weights.items():
+                load_module(model, name, source)
+            if experiment.initialize is not None:
+                experiment.initialize.load(model)
         given: dict[str, Any] = dict(zip(GIVEN_TO_TRAINER, (model, data, self.folder, experiment.seed)))
         trainer = construct(Trainer, experiment.trainer, where="trainer", **given)
-        return trainer.fit(self._validation() if trainer.validation else None, resume=resume)
+        return trainer.fit(self._validation() if trainer.validation else None, resume=resume, report=report)
 
     def _validation(self) -> Callable[[nn.Module], dict[str, float]]:
         """Means over the val split of what a model measures about itself; processes divide the batches."""

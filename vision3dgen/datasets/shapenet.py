@@ -126,7 +126,7 @@ class ShapeNet(torch.utils.data.Dataset[dict[str, Any]]):
         self._frames: dict[Model, Frame] = {}
 
         for name in self.fields:
-            needed = _pieces(name)
+            needed = pieces_of(name)
             if not any(piece in self.folders for piece in needed):
                 names = " or ".join(FOLDERS[piece][0] for piece in needed)
                 raise ValueError(f"{self.root}: field {name!r} needs {names}, found {self._found()}")
@@ -244,7 +244,7 @@ class ShapeNet(torch.utils.data.Dataset[dict[str, Any]]):
         return self._choose_by_rule()
 
     def _choose_by_rule(self) -> tuple[str, dict[str, list[str]]]:
-        base = next(self.folders[piece] for name in self.fields for piece in _pieces(name) if piece in self.folders)
+        base = next(self.folders[piece] for name in self.fields for piece in pieces_of(name) if piece in self.folders)
         ids = {folder.name: _subfolders(folder) for folder in sorted(base.iterdir()) if _is_synset(folder)}
         if not any(ids.values()):
             raise ValueError(f"{base}: no SYNSET/MODEL folders in it")
@@ -352,7 +352,7 @@ class ShapeNet(torch.utils.data.Dataset[dict[str, Any]]):
         if name == "mesh":
             return [self._folder("core", model) / place for place in _MESHES] if "core" in self.folders else []
         file = {"voxels": "model.binvox", "points": "points.npz", "surface": "pointcloud.npz"}[name]
-        return [self._folder(piece, model) / file for piece in _pieces(name) if piece in self.folders]
+        return [self._folder(piece, model) / file for piece in pieces_of(name) if piece in self.folders]
 
     def _file(self, model: Model, name: str) -> Path | None:
         return next((path for path in self._candidates(model, name) if path.is_file()), None)
@@ -512,7 +512,7 @@ def code_is_normal(length: np.ndarray) -> np.ndarray:
     return np.abs(length - 1) < 0.1
 
 
-def _pieces(name: str) -> tuple[str, ...]:
+def pieces_of(name: str) -> tuple[str, ...]:
     """The folders that can serve a field, the preferred one first."""
     return {
         "image": ("renderings",),

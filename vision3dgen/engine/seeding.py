@@ -13,7 +13,8 @@ def mix(*numbers: int) -> int:
     """One 63-bit seed from several non-negative integers; neighbors such as (0, 1) and (1, 0) are unrelated.
 
     In this package the first number is the user's seed and the second its use: 0 a sample, 1 a collation, 2 the order
-    of an epoch, 3 the training loop of a process.
+    of an epoch, 3 the training loop of a process, 4 the batches that averaged weights get their statistics from, 5 a
+    split, 6 a trial of a search.
     """
     # With their count in front: NumPy takes (1,) and (1, 0) for the same.
     high, low = np.random.SeedSequence((len(numbers), *numbers)).generate_state(2)

@@ -142,14 +142,19 @@ class Trainer:
         self.mean = Mean()
 
     def fit(
-        self, validate: Callable[[nn.Module], Mapping[str, float]] | None = None, *, resume: bool = False
+        self,
+        validate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+        *,
+        resume: bool = False,
+        report: Callable[[Mapping[str, float]], None] | None = None,
     ) -> Result:
         """Train to the last step, or until patience ends.
 
         `validate(model)` returns metrics of the model in evaluation mode, the average of the weights if one is kept; it
         runs in every process and the first one's result counts (`gather_items` makes one of all). `resume` continues
         from the newest whole checkpoint of `run_dir`, or starts where there is none. SIGTERM and SIGINT save a
-        checkpoint after the step under way and raise SystemExit(128 + signal); a second one acts at once.
+        checkpoint after the step under way and raise SystemExit(128 + signal); a second one acts at once. `report`
+        hears each record of the log, in the first process, once the checkpoint of its step is written.
         """
         if (validate is None) != (self.validation is None):
             raise ValueError("fit(validate) and Trainer(validation=...) go together: give both or neither")
@@ -179,13 +184,16 @@ class Trainer:
                     better = self._validate(validate)
                     record |= {f"val/{name}": value for name, value in self.metrics.items()}
                 if record:
-                    log.write({"step": self.step, "epoch": self.sampler.epoch} | record)
+                    record = {"step": self.step, "epoch": self.sampler.epoch} | record
+                    log.write(record)
 
                 signal_number = self._agree(interrupt.number)
                 ends = last or self._out_of_patience() or signal_number
                 cycle_ended = self.step in self.snapshots
                 if ends or better or cycle_ended or self.step % self.record.checkpoint_every == 0:
                     self._save(better, cycle_ended)
+                if record and report and main:
+                    report(record)
                 if signal_number:
                     if main:
                         print(f"{signal.Signals(signal_number).name}: stopped after step {self.step}, checkpoint saved")

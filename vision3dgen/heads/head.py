@@ -31,4 +31,8 @@ class Head(nn.Module, ABC):
         """Probability that each point is inside, or None for a head that knows no inside."""
         return None
 
+    def expected_initial_loss(self, batch: dict[str, Any]) -> float | None:
+        """What the loss should be before training, None where no theory says; `vision3dgen doctor` compares."""
+        return None
+
     threshold: float | None = None  # probability from which a point counts as inside, for heads that know an inside

@@ -104,6 +104,10 @@ class OccupancyHead(Head):
             "loss": F.binary_cross_entropy_with_logits(logits, batch["occupancies"], reduction="none").sum(1).mean()
         }
 
+    def expected_initial_loss(self, batch: dict[str, Any]) -> float:
+        """log 2 for each point: an untrained field knows nothing."""
+        return batch["occupancies"].shape[1] * math.log(2)
+
     def shape(self, prediction: OccupancyField) -> Meshes:
         """The level set at `threshold` of each field, by multiresolution extraction."""
         return join_meshes_as_batch([self._extract(prediction[index]) for index in range(len(prediction))])

@@ -69,6 +69,11 @@ class VoxelHead(Head):
             )
         return {"loss": F.binary_cross_entropy_with_logits(prediction.float(), batch["voxels"].float())}
 
+    def expected_initial_loss(self, batch: dict[str, Any]) -> float:
+        """Cross-entropy of the voxels with the prior that the last bias starts at."""
+        share = float(batch["voxels"].float().mean())
+        return -share * math.log(PRIOR) - (1 - share) * math.log(1 - PRIOR)
+
     def shape(self, prediction: Float[Tensor, "B D H W"]) -> Meshes:
         """The level set of the probabilities at `threshold`, closed where it reaches the grid's border."""
         return isosurface(prediction.detach().float().sigmoid(), self.grid, level=self.threshold)

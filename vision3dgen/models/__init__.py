@@ -26,9 +26,9 @@ from vision3dgen.models.single_view import SingleView as SingleView
 
 MODELS: dict[str, type[nn.Module]] = {
     "single_view": SingleView,
-    "captioning": Captioner,
-    "masked_language": MaskedLanguageModel,
     "linear_classifier": LinearClassifier,
     "fully_connected": FullyConnected,
     "classifier": Classifier,
+    "captioning": Captioner,
+    "masked_language": MaskedLanguageModel,
 }

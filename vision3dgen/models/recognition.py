@@ -66,6 +66,11 @@ class Recognition(nn.Module, ABC):
         return terms
 
     @torch.no_grad()
+    def expected_initial_loss(self, batch: Mapping[str, Any]) -> float:
+        """The loss of equal scores: log K for softmax, K - 1 for hinge."""
+        return float(self.losses(torch.zeros_like(self(batch["image"])), batch["label"]).mean())
+
+    @torch.no_grad()
     def validation_metrics(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Per item (B,): the loss, and whether the class with the largest score is right."""
         scores, labels = self(batch["image"]), batch["label"]

@@ -42,6 +42,10 @@ class SingleView(nn.Module):
     def loss(self, batch: dict[str, Any], part: str = "model") -> dict[str, Tensor]:
         return self.head.loss(self(batch["image"]), batch)
 
+    def expected_initial_loss(self, batch: dict[str, Any]) -> float | None:
+        """What the head says its loss should be before training."""
+        return self.head.expected_initial_loss(batch)
+
     @torch.no_grad()
     def validation_metrics(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Per item (B,): the loss, and for heads that know an inside the IoU at the query points."""

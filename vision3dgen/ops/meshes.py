@@ -76,7 +76,20 @@ def mesh_face_areas_normals(verts: Float[Tensor, "V 3"], faces: Int[Tensor, "F 3
     Differs: faces are measured relative to their own size, so tiny meshes keep unit normals; a face whose normal is
     lost in rounding has normal zero, with zero gradient.
     """
-    _finite(verts=verts)
+    cross, squared, solid, size = _area_vectors(_finite(verts=verts), faces)
+    length = squared.where(solid, 1).sqrt()
+    normals = (cross / length).where(solid, 0).t().contiguous()
+    return AreasNormals((0.5 * size.square() * length).where(solid, 0), normals)
+
+
+class _AreaVectors(NamedTuple):
+    cross: Tensor  # (3, F) product of two sides of each face, measured in its size
+    squared: Tensor  # (F,) its squared length
+    solid: Tensor  # (F,) whether that is more than rounding
+    size: Tensor  # (F,) the longest step of the sides along an axis
+
+
+def _area_vectors(verts: Float[Tensor, "V 3"], faces: Int[Tensor, "F 3"]) -> _AreaVectors:
     # by component: contiguous rows of F are several times faster than sums and products over a dimension of 3
     a, b, c = verts.t().contiguous().index_select(1, faces.t().flatten()).view(3, 3, len(faces)).unbind(1)  # (3, F)
     u, v = b - a, c - a
@@ -85,10 +98,7 @@ def mesh_face_areas_normals(verts: Float[Tensor, "V 3"], faces: Int[Tensor, "F 3
     (u0, u1, u2), (v0, v1, v2) = u / size, v / size
     cross = torch.stack([u1 * v2 - u2 * v1, u2 * v0 - u0 * v2, u0 * v1 - u1 * v0])
     squared = cross.square().sum(0)
-    solid = squared > torch.finfo(verts.dtype).eps ** 2
-    length = squared.where(solid, 1).sqrt()
-    normals = (cross / length).where(solid, 0).t().contiguous()
-    return AreasNormals((0.5 * size.square() * length).where(solid, 0), normals)
+    return _AreaVectors(cross, squared, squared > torch.finfo(verts.dtype).eps ** 2, size)
 
 
 # ---------------------------------------------------------------------------------------------------- sampling
@@ -140,9 +150,9 @@ def _draw(meshes: MeshesLike, num_samples: int, generator: torch.Generator | Seq
     first = counts.cumsum(0) - counts
     owner = torch.repeat_interleave(torch.arange(batch, device=device), counts)
     areas = verts.new_zeros(batch, int(counts.max()), dtype=torch.float64)
-    areas[owner, torch.arange(len(faces), device=device) - first[owner]] = mesh_face_areas_normals(
-        verts.double(), faces
-    ).areas
+    _, squared, solid, size = _area_vectors(verts.double(), faces)
+    own = size.square() * squared.where(solid, 0).sqrt()
+    areas[owner, torch.arange(len(faces), device=device) - first[owner]] = own  # doubled: shares are all that counts
     cumulative = areas.cumsum(1)
     total = cumulative[:, -1:].contiguous()  # (B, 1)
     flat = ((total[:, 0] == 0) & (counts > 0)).nonzero()
@@ -326,13 +336,13 @@ def _boxes(corners: Float[Tensor, "N I 3"]) -> Float[Tensor, "N J 3"]:
 
 def _sparse(rows: Tensor, columns: Tensor, values: Tensor, size: int) -> Tensor:
     """The coalesced matrix of the sums of values at each row and column; torch takes twice as long for it."""
-    keys, order = (rows * size + columns).sort(stable=True)
-    first = torch.ones_like(keys, dtype=torch.bool)
-    first[1:] = keys[1:] != keys[:-1]
-    place = first.cumsum(0) - 1
-    unique = keys[first]
-    summed = values.new_zeros(len(unique)).index_add(0, place, values[order])
-    indices = torch.stack([unique // size, unique % size]) if size else torch.stack([unique, unique])
+    order = _grouped(columns, size)[0]
+    order = order[_grouped(rows[order], size)[0]]  # by row, then by column
+    rows, columns = rows[order], columns[order]
+    first = torch.ones_like(rows, dtype=torch.bool)
+    first[1:] = (rows[1:] != rows[:-1]) | (columns[1:] != columns[:-1])
+    indices = torch.stack([rows[first], columns[first]])
+    summed = values.new_zeros(indices.shape[1]).index_add(0, first.cumsum(0) - 1, values[order])
     return torch.sparse_coo_tensor(indices, summed, (size, size), check_invariants=False, is_coalesced=True)
 
 

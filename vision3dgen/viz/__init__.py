@@ -3,9 +3,11 @@
 from vision3dgen.viz.attention import attention_gallery as attention_gallery
 from vision3dgen.viz.attention import attention_overlay as attention_overlay
 from vision3dgen.viz.gallery import curves as curves
+from vision3dgen.viz.gallery import figure_of as figure_of
 from vision3dgen.viz.gallery import gallery as gallery
 from vision3dgen.viz.gallery import image_grid as image_grid
 from vision3dgen.viz.gallery import reconstruction_gallery as reconstruction_gallery
+from vision3dgen.viz.gallery import save_figure as save_figure
 from vision3dgen.viz.gallery import threshold_curve as threshold_curve
 from vision3dgen.viz.offscreen import OffscreenError as OffscreenError
 from vision3dgen.viz.recognition import class_accuracy_figure as class_accuracy_figure

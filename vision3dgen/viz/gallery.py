@@ -250,7 +250,7 @@ def curves(
     missing = [key for key in chosen if key not in found]
     if missing or not chosen:
         raise ValueError(f"no curve for {missing or 'any loss or val/ key'}; the records have {sorted(found)}")
-    figure, axes = _figure(len(chosen))
+    figure, axes = figure_of(len(chosen))
     for axis, key in zip(axes, chosen):
         smallest, largest = math.inf, -math.inf
         for index, (name, entries) in enumerate(records.items()):
@@ -285,7 +285,7 @@ def threshold_curve(
     thresholds (T,); scores: (precision (T,), recall (T,)) by name, each in [0, 1].
     """
     x = np.asarray(thresholds, dtype=float)
-    figure, axes = _figure(3)
+    figure, axes = figure_of(3)
     for index, (name, pair) in enumerate(scores.items()):
         precision, recall = (np.asarray(values, dtype=float) for values in pair)
         if precision.shape != x.shape or recall.shape != x.shape:
@@ -319,7 +319,7 @@ def empty_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
-def _figure(panels: int) -> tuple[Any, list[Any]]:
+def figure_of(panels: int) -> tuple[Any, list[Any]]:
     """A figure without a window and its axes, at most four in a row."""
     columns = min(panels, 4)
     rows = math.ceil(panels / columns)
@@ -330,7 +330,7 @@ def _figure(panels: int) -> tuple[Any, list[Any]]:
     for axis in axes[:panels]:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.6)
-        axis.tick_params(labelsize=8)
+        axis.tick_params(which="both", labelsize=8)
         axis.title.set_fontsize(10)
         axis.xaxis.label.set_fontsize(8)
     return figure, axes[:panels]
