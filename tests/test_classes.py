@@ -233,7 +233,7 @@ def run_tiny(name, shared_data, out, *overrides):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("recognition_*.yaml")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("recognition_*_mnist.yaml")))
 def test_recognition_configurations_train_and_are_evaluated(name, shared_data, tmp_path, capsys):
     run = run_tiny(name, shared_data, tmp_path / "run")
     capsys.readouterr()
