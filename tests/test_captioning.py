@@ -538,7 +538,6 @@ def test_the_backbone_may_start_from_one_that_recognizes_objects(data, tmp_path,
     assert cli.main(["evaluate", str(tmp_path / "objects"), "--device", "cpu"]) == 0
     summary = json.loads((tmp_path / "objects" / "evaluation" / "classes_test.json").read_text())
     assert np.sum(summary["confusion"]) > 0
-    assert cli.main(["evaluate", str(tmp_path / "objects"), "--device", "cpu"]) == 0
     given = (f"weights.backbone={tmp_path / 'objects'}", "trainer.optimizer={name: sgd, lr: 1e-9}")
     assert run_tiny("captioning_attention_scenes", data, tmp_path / "captions", *given) == 0
     source, captioner = (Run.open(tmp_path / name).model() for name in ("objects", "captions"))
