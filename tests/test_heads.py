@@ -1,13 +1,17 @@
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
 
 from tests.published import OUTPUTS, filled, layout, shapes_of, uniform
 from vision3dgen.backbones import resnet18
-from vision3dgen.heads import HEADS, OccupancyHead, VoxelHead
+from vision3dgen.experiment import build_parts
+from vision3dgen.heads import HEADS, Head, OccupancyHead, VoxelHead
 from vision3dgen.heads.voxel import PRIOR
-from vision3dgen.models import IMAGENET_MEAN, IMAGENET_STD, SingleView
-from vision3dgen.structures import GridSpec
+from vision3dgen.models import IMAGENET_MEAN, IMAGENET_STD, MODELS, SingleView
+from vision3dgen.ops import ico_sphere
+from vision3dgen.structures import Camera, Frame, GridSpec
 
 
 def tiny_head(name):
@@ -141,3 +145,58 @@ def test_single_view_normalizes_images_inside():
 
 def tiny_head_for_resnet():
     return VoxelHead([64, 128, 256, 512], resolution=8, width=8)
+
+
+class CameraHead(Head):
+    """Knows the truth: a ball at a place of the camera's frame, and a picture of constants."""
+
+    frame = "camera"
+    threshold = 0.5
+
+    def __init__(self, channels: list[int], strides: list[int]):
+        super().__init__()
+        self.channels, self.strides = channels, strides
+
+    def forward(self, features, view=None):
+        return view
+
+    def loss(self, prediction, batch):
+        return {"loss": torch.zeros(())}
+
+    def shape(self, prediction):
+        return ico_sphere(1).extend(len(prediction.cameras))
+
+    def occupancy(self, prediction, points):
+        return (points.norm(dim=-1) < 2.0).float()  # within 2 of the camera
+
+    def maps(self, prediction):
+        return {"depth": torch.ones(len(prediction.cameras), 1, *prediction.image_size)}
+
+    def validation_metrics(self, prediction, batch):
+        return {"views": torch.tensor([7.0, 8.0])}
+
+
+def test_a_head_in_the_cameras_frame_is_asked_there():
+    rotation = torch.tensor([[[0.0, 1, 0], [-1, 0, 0], [0, 0, 1]], [[1.0, 0, 0], [0, 0, 1], [0, -1, 0]]])
+    cameras = Camera(rotation, torch.tensor([[0.1, 0.2, 1.9], [0.0, 0.3, 2.1]]), torch.eye(3).repeat(2, 1, 1), (5, 7))
+    frames = [Frame("object", scale=0.7, center=(0.1, -0.2, 0.3)), Frame("object")]
+    points = torch.rand(2, 31, 3, generator=torch.Generator().manual_seed(0)) - 0.5
+    distance = torch.stack([(f.denormalize(p) - c.center).norm(dim=-1) for f, p, c in zip(frames, points, cameras)])
+    batch = {"image": torch.rand(2, 3, 5, 7), "camera": cameras, "frame": frames, "points": points}
+    batch["occupancies"] = (distance < 2.0).float()
+    assert 0 < batch["occupancies"].mean() < 1
+
+    node = {"name": "single_view", "backbone": {"name": "resnet18"}, "head": {"name": "camera"}}
+    with mock.patch.dict(HEADS, camera=CameraHead):
+        model = build_parts(node, MODELS)
+    assert model.head.channels == model.backbone.channels
+    assert model.head.strides == model.backbone.strides
+    measured = model.validation_metrics(batch)
+    assert measured["iou"].tolist() == [1, 1]
+    assert measured["views"].tolist() == [7, 8]
+    for prediction, camera, frame in zip(model.predict(batch), cameras, frames):
+        assert prediction.frame == Frame("camera")
+        assert prediction.maps["depth"].shape == (1, 5, 7)
+        centers = GridSpec.cube(32).points().view(-1, 3)
+        inside = (frame.denormalize(centers) - camera.center).norm(dim=-1) < 2.0
+        assert (prediction.voxels.view(-1) == inside).float().mean() > 0.999  # but for rounding

@@ -150,7 +150,7 @@ class Experiment:
 def build_parts(node: Any, table: Mapping[str, Callable[..., Any]], /, *, where: str = "", **given: Any) -> Any:
     """`config.build`, after the sections of `node` that `PARTS` names, which are built and passed in the same way.
 
-    The parts beside a `backbone` whose constructors take `channels` are given the backbone's.
+    The parts beside a `backbone` whose constructors take `channels` or `strides` are given the backbone's.
     """
     target, rest = choose(node, table, where=where)
     parts: dict[str, Any] = {}
@@ -159,8 +159,8 @@ def build_parts(node: Any, table: Mapping[str, Callable[..., Any]], /, *, where:
             continue
         inside = f"{where}.{key}" if where else key
         part, _ = choose(rest[key], choices, where=inside)
-        wants = "backbone" in parts and "channels" in inspect.signature(part).parameters
-        own = {"channels": parts["backbone"].channels} if wants else {}
+        wanted = {"channels", "strides"} & set(inspect.signature(part).parameters) if "backbone" in parts else set()
+        own = {name: getattr(parts["backbone"], name) for name in sorted(wanted)}
         parts[key] = build_parts(rest[key], choices, where=inside, **own)
     return build(_without(node, *parts), table, where=where, **parts, **given)
 

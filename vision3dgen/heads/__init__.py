@@ -1,6 +1,7 @@
 """Task heads: feature maps in, a prediction out, with its loss and the shape it stands for."""
 
 from vision3dgen.heads.head import Head as Head
+from vision3dgen.heads.head import View as View
 from vision3dgen.heads.occupancy import OccupancyDecoder as OccupancyDecoder
 from vision3dgen.heads.occupancy import OccupancyField as OccupancyField
 from vision3dgen.heads.occupancy import OccupancyHead as OccupancyHead

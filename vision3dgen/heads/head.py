@@ -1,26 +1,38 @@
-"""What every single-view reconstruction head offers, whatever its representation."""
+"""What every reconstruction head offers, whatever its representation."""
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vision3dgen.structures import Meshes, Pointclouds
+from vision3dgen.structures import Camera, Meshes, Pointclouds
+
+
+class View(NamedTuple):
+    """What is known of a batch of pictures beside their features."""
+
+    image_size: tuple[int, int]  # height, width
+    cameras: Camera | None = None  # one per picture
 
 
 class Head(nn.Module, ABC):
-    """Feature maps in, a prediction of its own kind out, and three ways to use that prediction.
+    """Feature maps in, a prediction of its own kind out, and the ways to use that prediction.
 
-    Predictions live in the canonical object frame: bounding box centred at 0, longest edge 1.
+    `frame` says where shapes and occupancies live: "object" is the canonical one (bounding box centred at 0, longest
+    edge 1), "camera" the picture's own camera (x right, y down, z forward, in units of the file).
     """
 
-    @abstractmethod
-    def forward(self, features: list[Tensor]) -> Any:
-        """The prediction for maps (B, C_i, H_i, W_i), fine to coarse."""
+    frame: Literal["object", "camera"] = "object"
+    threshold: float | None = None  # probability from which a point counts as inside, for heads that know an inside
 
     @abstractmethod
-    def loss(self, prediction: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def forward(self, features: list[Tensor], view: View | None = None) -> Any:
+        """The prediction for maps (B, C_i, H_i, W_i), fine to coarse; `view` for heads that predict what it shows."""
+
+    @abstractmethod
+    def loss(self, prediction: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Scalars to log, of which "loss" is minimized."""
 
     @abstractmethod
@@ -28,11 +40,17 @@ class Head(nn.Module, ABC):
         """One surface per batch member; empty where nothing was predicted."""
 
     def occupancy(self, prediction: Any, points: Float[Tensor, "B N 3"]) -> Float[Tensor, "B N"] | None:
-        """Probability that each point is inside, or None for a head that knows no inside."""
+        """Probability that each point of the head's frame is inside, or None for a head that knows no inside."""
         return None
 
-    def expected_initial_loss(self, batch: dict[str, Any]) -> float | None:
+    def maps(self, prediction: Any) -> dict[str, Float[Tensor, "B C H W"]]:
+        """Pictures predicted, under the batch's names ("depth", "normals"), at the size of the view."""
+        return {}
+
+    def validation_metrics(self, prediction: Any, batch: Mapping[str, Any]) -> dict[str, Float[Tensor, " B"]]:
+        """What a run may watch beside the loss and, for heads that know an inside, the IoU."""
+        return {}
+
+    def expected_initial_loss(self, batch: Mapping[str, Any]) -> float | None:
         """What the loss should be before training, None where no theory says; `vision3dgen doctor` compares."""
         return None
-
-    threshold: float | None = None  # probability from which a point counts as inside, for heads that know an inside

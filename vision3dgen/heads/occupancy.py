@@ -7,6 +7,7 @@ for its `encoder.fc`).
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vision3dgen.heads.head import Head
+from vision3dgen.heads.head import Head, View
 from vision3dgen.layers import ConditionalBatchNorm1d
 from vision3dgen.ops import extract_surface
 from vision3dgen.structures import Meshes, join_meshes_as_batch
@@ -94,17 +95,17 @@ class OccupancyHead(Head):
         self.fc = nn.Linear(channels[-1], code_channels)
         self.decoder = OccupancyDecoder(code_channels, hidden)
 
-    def forward(self, features: list[Tensor]) -> OccupancyField:
+    def forward(self, features: list[Tensor], view: View | None = None) -> OccupancyField:
         return OccupancyField(self.decoder, self.fc(features[-1].mean(dim=(2, 3))))
 
-    def loss(self, prediction: OccupancyField, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def loss(self, prediction: OccupancyField, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Binary cross-entropy at `batch["points"]` (B, N, 3) against `batch["occupancies"]` (B, N)."""
         logits = prediction(batch["points"]).float()
         return {
             "loss": F.binary_cross_entropy_with_logits(logits, batch["occupancies"], reduction="none").sum(1).mean()
         }
 
-    def expected_initial_loss(self, batch: dict[str, Any]) -> float:
+    def expected_initial_loss(self, batch: Mapping[str, Any]) -> float:
         """log 2 for each point: an untrained field knows nothing."""
         return batch["occupancies"].shape[1] * math.log(2)
 

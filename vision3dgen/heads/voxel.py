@@ -7,6 +7,7 @@ are occupied (as Lin et al. 2017 start a detector), or a short training is spent
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vision3dgen.heads.head import Head
+from vision3dgen.heads.head import Head, View
 from vision3dgen.ops import isosurface
 from vision3dgen.structures import GridSpec, Meshes
 
@@ -55,12 +56,12 @@ class VoxelHead(Head):
         nn.init.constant_(last.bias, math.log(PRIOR / (1 - PRIOR)))
         self.deconv = nn.Sequential(*layers, last)
 
-    def forward(self, features: list[Tensor]) -> Float[Tensor, "B D H W"]:
+    def forward(self, features: list[Tensor], view: View | None = None) -> Float[Tensor, "B D H W"]:
         code = self.fc(features[-1].mean(dim=(2, 3))).relu()  # (B, K)
         volume = self.fc_volume(code).relu().view(len(code), -1, 4, 4, 4)
         return self.deconv(volume)[:, 0]
 
-    def loss(self, prediction: Float[Tensor, "B D H W"], batch: dict[str, Any]) -> dict[str, Tensor]:
+    def loss(self, prediction: Float[Tensor, "B D H W"], batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Mean binary cross-entropy over voxels, against `batch["voxels"]` (B, D, H, W) on the head's own grid."""
         if batch["voxels"].shape != prediction.shape:
             raise ValueError(
@@ -69,7 +70,7 @@ class VoxelHead(Head):
             )
         return {"loss": F.binary_cross_entropy_with_logits(prediction.float(), batch["voxels"].float())}
 
-    def expected_initial_loss(self, batch: dict[str, Any]) -> float:
+    def expected_initial_loss(self, batch: Mapping[str, Any]) -> float:
         """Cross-entropy of the voxels with the prior that the last bias starts at."""
         share = float(batch["voxels"].float().mean())
         return -share * math.log(PRIOR) - (1 - share) * math.log(1 - PRIOR)

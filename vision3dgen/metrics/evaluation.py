@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +43,8 @@ class Prediction(NamedTuple):
 
     shape: one mesh or cloud, None when nothing was extracted; voxels: (D, H, W) probabilities filling [-0.5, 0.5]^3 of
     the object frame; occupancy: maps points (N, 3) of the object frame, on the truth's device, to probabilities (N,);
-    frame: where the coordinates live, needed with any of these; failure: why there is no prediction (a time-out, say).
+    frame: where the coordinates live, needed with any of these; failure: why there is no prediction (a time-out, say);
+    maps: pictures (C, H, W) by the name of what they predict, such as "depth".
     """
 
     shape: Meshes | Pointclouds | None = None
@@ -50,6 +52,7 @@ class Prediction(NamedTuple):
     occupancy: Callable[[Tensor], Tensor] | None = None
     frame: Frame | None = None
     failure: str | None = None
+    maps: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class _Item(NamedTuple):

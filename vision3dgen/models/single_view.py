@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vision3dgen.heads import Head
+from vision3dgen.heads import Head, View
 from vision3dgen.metrics import Prediction, point_iou
-from vision3dgen.structures import GridSpec
+from vision3dgen.structures import Camera, Frame, GridSpec
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -35,12 +35,13 @@ class SingleView(nn.Module):
         """The backbone's maps, fine to coarse."""
         return self.backbone((images - self.mean) / self.std)
 
-    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Any:
+    def forward(self, images: Float[Tensor, "B 3 H W"], cameras: Camera | None = None) -> Any:
         """The head's own kind of prediction."""
-        return self.head(self.features(images))
+        height, width = images.shape[-2:]
+        return self.head(self.features(images), View((height, width), cameras))
 
     def loss(self, batch: dict[str, Any], part: str = "model") -> dict[str, Tensor]:
-        return self.head.loss(self(batch["image"]), batch)
+        return self.head.loss(self._see(batch), batch)
 
     def expected_initial_loss(self, batch: dict[str, Any]) -> float | None:
         """What the head says its loss should be before training."""
@@ -48,35 +49,45 @@ class SingleView(nn.Module):
 
     @torch.no_grad()
     def validation_metrics(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Per item (B,): the loss, and for heads that know an inside the IoU at the query points."""
-        raw = self(batch["image"])
+        """Per item (B,): the loss, what the head measures, and where it knows an inside the IoU at the query points."""
+        raw = self._see(batch)
         loss = self.head.loss(raw, batch)["loss"]
-        measured = {"loss": loss.expand(len(batch["image"]))}
+        measured = {"loss": loss.expand(len(batch["image"])), **self.head.validation_metrics(raw, batch)}
         if self.head.threshold is not None:
-            probability = self.head.occupancy(raw, batch["points"])
-            assert probability is not None
+            probability = self._occupancy(raw, batch["points"], batch)
             measured["iou"] = point_iou(probability >= self.head.threshold, batch["occupancies"] > 0.5)
         return measured
 
     @torch.no_grad()
     def predict(self, batch: dict[str, Any]) -> list[Prediction]:
-        """What the evaluator and the viewer take: one prediction per image, in the canonical object frame."""
-        images = batch["image"]
-        raw = self(images)
+        """What the evaluator and the viewer take: one prediction per image, in the head's frame."""
+        raw = self._see(batch)
+        size = len(batch["image"])
         shapes = self.head.shape(raw)
-        voxels: list[Tensor | None] = [None] * len(images)
+        maps = self.head.maps(raw)
+        voxels: list[Tensor | None] = [None] * size
         if self.head.threshold is not None:
             grid = GridSpec.cube(32)
-            centers = grid.points(device=images.device).view(1, -1, 3).expand(len(images), -1, -1)
-            probability = self.head.occupancy(raw, centers)
-            assert probability is not None
-            voxels = list(probability.view(-1, *grid.shape))
+            centers = grid.points(device=batch["image"].device).view(1, -1, 3).expand(size, -1, -1)
+            voxels = list(self._occupancy(raw, centers, batch).view(-1, *grid.shape))
         return [
             Prediction(
                 shape=shapes[index],
                 voxels=voxels[index],
-                occupancy=None,
-                frame=batch["frame"][index],
+                frame=Frame("camera") if self.head.frame == "camera" else batch["frame"][index],
+                maps={name: values[index] for name, values in maps.items()},
             )
-            for index in range(len(images))
+            for index in range(size)
         ]
+
+    def _see(self, batch: dict[str, Any]) -> Any:
+        return self(batch["image"], batch.get("camera"))
+
+    def _occupancy(self, raw: Any, points: Float[Tensor, "B N 3"], batch: dict[str, Any]) -> Float[Tensor, "B N"]:
+        """What the head says of points of the object frame."""
+        if self.head.frame == "camera":
+            pairs = zip(points, batch["frame"], batch["camera"])
+            points = torch.stack([camera.world_to_camera(frame.denormalize(own)) for own, frame, camera in pairs])
+        probability = self.head.occupancy(raw, points)
+        assert probability is not None
+        return probability
