@@ -79,7 +79,7 @@ def main() -> int:
     runs = {}
     for name, config in CAPTIONERS.items():
         given = [f"weights.backbone={objects.folder}"]
-        given += [f"initialize.run={language.folder}"] if "pretrained" in config else []
+        given += [f"weights.decoder.source={language.folder}"] if "pretrained" in config else []
         runs[name] = train(config, *given)
     began = time.perf_counter()
     rows = baselines(next(iter(runs.values())))

@@ -13,7 +13,7 @@ from torch import nn
 from vision3dgen import cli, engine
 from vision3dgen.config import load
 from vision3dgen.datasets import Vocabulary, prepare_scenes
-from vision3dgen.experiment import Run
+from vision3dgen.experiment import Run, Weights
 from vision3dgen.language import END, MASK, PAD, START
 from vision3dgen.layers import LSTMState
 from vision3dgen.models import DECODERS, MODELS, Captioner, MaskedLanguageModel, TransformerDecoder, beam_search
@@ -433,7 +433,7 @@ def test_faults_of_a_language_model_are_named():
 
 def saved(model, folder):
     engine.checkpoint.save(folder, 1, model, {}, metrics={}, best=True, keep=1)
-    return engine.latest(folder)
+    return folder
 
 
 def test_a_caption_transformer_starts_from_a_language_model(tmp_path):
@@ -445,7 +445,7 @@ def test_a_caption_transformer_starts_from_a_language_model(tmp_path):
     with torch.no_grad():
         source.blocks[0].norm2.weight.add_(1)
     folder = saved(source, tmp_path / "second")
-    names = engine.load_fitting(decoder, folder, renamed={"norm2": "norm3"})
+    names = Weights(folder, renamed={"norm2": "norm3"}, fitting=True).load(decoder, "").loaded
     assert torch.equal(decoder.blocks[0].norm3.weight, source.blocks[0].norm2.weight)
     assert torch.equal(decoder.embedding.weight, source.embedding.weight)
     assert torch.equal(decoder.blocks[1].self_attn.in_proj_weight, source.blocks[1].self_attn.in_proj_weight)
@@ -468,11 +468,11 @@ def test_weights_that_do_not_fit_are_an_error(tmp_path):
     folder = saved(language(vocabulary_size=13), tmp_path)
     decoder = TransformerDecoder(CHANNELS, WORDS, width=8, heads=2, max_length=9)
     before = {name: value.clone() for name, value in decoder.state_dict().items()}
-    with pytest.raises(engine.CheckpointError, match=r"bias is \(13,\), the model's \(11,\); build both"):
-        engine.load_fitting(decoder, folder)
+    with pytest.raises(ValueError, match=r"bias is \(13,\), the model's \(11,\); build both"):
+        Weights(folder, fitting=True).load(decoder, "")
     assert all(torch.equal(value, before[name]) for name, value in decoder.state_dict().items())
-    with pytest.raises(engine.CheckpointError, match="no name fits"):
-        engine.load_fitting(nn.BatchNorm2d(1, affine=False), folder)
+    with pytest.raises(ValueError, match="nothing of which it has"):
+        Weights(folder, fitting=True).load(nn.BatchNorm2d(1, affine=False), "")
 
 
 # ------------------------------------------------------------------------------------------------------ whole runs
@@ -513,15 +513,16 @@ def test_pretraining_then_captioning(data, tmp_path, capsys):
     assert run_tiny("language_masked_scenes", data, tmp_path / "language") == 0
     assert cli.main(["evaluate", str(tmp_path / "language"), "--device", "cpu"]) == 0
     assert "perplexity" in capsys.readouterr().out
-    given = f"initialize.run={tmp_path / 'language'}"
+    source = f"source: {tmp_path / 'language'}, fitting: true, renamed: {{norm2: norm3}}"
+    given = f"weights={{decoder: {{part: '', {source}}}}}"
     frozen = "trainer.optimizer={name: sgd, lr: 1e-9}"
     assert run_tiny("captioning_pretrained_scenes", data, tmp_path / "captions", given, frozen) == 0
     language, captioner = (Run.open(tmp_path / name).model() for name in ("language", "captions"))
     torch.testing.assert_close(captioner.decoder.embedding.weight, language.embedding.weight)
     torch.testing.assert_close(captioner.decoder.blocks[0].norm3.weight, language.blocks[0].norm2.weight)
     for override, message in (
-        ("initialize.into=decodr", "no part 'decodr'; it has ['backbone', 'decoder']"),
-        (f"initialize.run={tmp_path}", "not a run folder"),
+        (f"weights={{decodr: {{{source}}}}}", "no part 'decodr'; it has ['backbone', 'decoder']"),
+        (f"weights.decoder.source={tmp_path}", "has no checkpoint: train it first"),
         (
             "model.decoder.vocabulary_size=60",
             "bias is (55,), the model's (60,); build both with the same sizes (of a vocabulary",

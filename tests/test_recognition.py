@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from tests import naive
 from vision3dgen.backbones import BACKBONES, resnet20
 from vision3dgen.config import ConfigError
-from vision3dgen.experiment import load_module
+from vision3dgen.experiment import Weights
 from vision3dgen.losses import multiclass_hinge, softmax_cross_entropy
 from vision3dgen.models import Classifier, FullyConnected, LinearClassifier, NearestNeighbors
 
@@ -266,7 +266,7 @@ def test_weights_of_a_backbone_load_from_published_files(tmp_path):
     source = resnet20(widths=(4, 8, 16), num_classes=5)
     torch.save(source.state_dict(), tmp_path / "published.pth")
     target = Classifier(resnet20(widths=(4, 8, 16)), 7)
-    load_module(target, "backbone", tmp_path / "published.pth")
+    Weights(tmp_path / "published.pth").load(target, "backbone")
     for name, value in target.backbone.state_dict().items():
         assert torch.equal(value, source.state_dict()[name]), name
 
@@ -276,11 +276,11 @@ def test_weights_of_another_architecture_are_named(tmp_path):
     target = Classifier(resnet20(widths=(8, 16, 32)), 3)
     before = {name: value.clone() for name, value in target.state_dict().items()}
     with pytest.raises(ValueError, match=r"small.pt: not the weights.*conv1.weight \(4, 3, 3, 3\) for \(8"):
-        load_module(target, "backbone", tmp_path / "small.pt")
-    with pytest.raises(ConfigError, match=r"no module 'trunk'; it has \['backbone', 'dropout', 'fc'\]"):
-        load_module(target, "trunk", tmp_path / "small.pt")
+        Weights(tmp_path / "small.pt").load(target, "backbone")
+    with pytest.raises(ConfigError, match=r"no part 'trunk'; it has \['backbone', 'dropout', 'fc'\]"):
+        Weights(tmp_path / "small.pt").load(target, "trunk")
     with pytest.raises(OSError, match=r"none.pt"):
-        load_module(target, "backbone", tmp_path / "none.pt")
+        Weights(tmp_path / "none.pt").load(target, "backbone")
     with pytest.raises(ConfigError, match="has no checkpoint: train it first"):
-        load_module(target, "backbone", tmp_path)
+        Weights(tmp_path).load(target, "backbone")
     assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())

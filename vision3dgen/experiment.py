@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from vision3dgen import __version__, engine
-from vision3dgen.backbones import BACKBONES, load_weights
+from vision3dgen.backbones import BACKBONES, LoadedWeights, load_weights
 from vision3dgen.config import Config, ConfigError, Named, arguments, build, choose, construct, load, save
 from vision3dgen.datasets import AUGMENTATIONS, CATEGORIES, DATASETS, PREPARE, Augment, Augmented, collate
 from vision3dgen.engine import Data, Trainer, to_device
@@ -54,24 +54,61 @@ class Loader:
 
 
 @dataclass(frozen=True)
-class Initialize:
-    """A trained run whose weights a model starts from, where names fit; see `engine.load_fitting`.
+class Weights:
+    """The first weights of a part of a model: those of a trained run, or of a file.
 
-    into: the part of the model they are loaded into, such as "decoder"; the whole model by default.
+    source: a run folder (its best checkpoint, else its newest) or a file. part: the part of the source's model to take
+    them from: of a run the one of the same name, of a file all of it, when nothing is said; "" is the whole model.
+    renamed: words of dotted names that are called otherwise here: with {"norm2": "norm3"} `blocks.0.norm2.bias` is
+    loaded into `blocks.0.norm3.bias`. fitting: take what has the same name here, instead of all that the part has.
     """
 
-    run: Path
-    into: str = ""
+    source: Path
+    part: str | None = None
     renamed: Mapping[str, str] = field(default_factory=dict)
+    fitting: bool = False
 
-    def load(self, model: nn.Module) -> list[str]:
-        """The names loaded; ConfigError if the run or the part does not exist."""
+    def load(self, model: nn.Module, name: str) -> LoadedWeights:
+        """Load them into the part `name` of `model` in place; "" is the whole model.
+
+        The classifier (`fc`, `classifier`) of a file of published weights is left out where the part has none. Raises
+        ValueError or OSError naming file and fault; then nothing is loaded.
+        """
         try:
-            part = model.get_submodule(self.into)
+            module = model.get_submodule(name)
         except AttributeError as error:
-            parts = [name for name, _ in model.named_children()]
-            raise ConfigError(f"initialize.into: the model has no part {self.into!r}; it has {parts}") from error
-        return engine.load_fitting(part, Run.open(self.run).checkpoint(), renamed=self.renamed)
+            known = sorted(child for child, _ in model.named_children())
+            raise ConfigError(f"weights: the model has no part {name!r}; it has {known}") from error
+        own = module.state_dict()
+        path, part = self.source, self.part or ""
+        if self.source.is_dir():
+            path = _weights_file(self.source)
+            part = name if self.part is None else self.part
+
+        def as_here(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            state = {".".join(self.renamed.get(w, w) for w in key.split(".")): value for key, value in state.items()}
+            if not self.fitting:
+                left_out = {"fc", "classifier"} - {key.partition(".")[0] for key in own}
+                return {key: value for key, value in state.items() if key.partition(".")[0] not in left_out}
+            state = {key: value for key, value in state.items() if key in own}
+            for key, value in state.items():
+                if value.shape != own[key].shape:
+                    raise ValueError(
+                        f"{key} is {tuple(value.shape)}, the model's {tuple(own[key].shape)}; "
+                        "build both with the same sizes (of a vocabulary, of the position table, of the width)"
+                    )
+            return state
+
+        prefix = f"{part}." if part else ""
+        return load_weights(module, path, prefix=prefix, rename=as_here, strict=not self.fitting)
+
+
+def _weights_file(run: Path) -> Path:
+    folder = engine.best(run) or engine.latest(run)
+    if folder is None:
+        raise ConfigError(f"weights: {run} has no checkpoint: train it first, or give a file")
+    files = engine.checkpoint.verify(folder)["files"]
+    return folder / ("ema.safetensors" if "ema.safetensors" in files else "model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -81,10 +118,9 @@ class Experiment:
     data: a dataset by name and its arguments, without the split. splits: arguments that differ for train, val or test.
     model: a model by name and its arguments; those named in `PARTS` (a `backbone`, a `head`) are objects by name too.
     trainer: arguments of `engine.Trainer`. evaluation: one of `EVALUATIONS` by name and its arguments, else shapes.
-    weights: by module of the model, the run folder or file of which it takes the first weights, all of them.
-    prepare: data to make first, by name and arguments, unless it is there. initialize: a trained run to start from,
-    where names fit. augment: `steps` by name and arguments, and what else `datasets.Augment` takes, for the train
-    split alone.
+    weights: by part of the model, where it takes its first weights from: a run folder or file, or `Weights`.
+    prepare: data to make first, by name and arguments, unless it is there. augment: `steps` by name and arguments, and
+    what else `datasets.Augment` takes, for the train split alone.
     """
 
     data: Mapping[str, Any]
@@ -93,9 +129,8 @@ class Experiment:
     loader: Loader
     evaluation: Annotated[Evaluator, Named(EVALUATIONS, "shapes")] = field(default_factory=ShapeEvaluator)
     splits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    weights: Mapping[str, Path] = field(default_factory=dict)
+    weights: Mapping[str, Path | Weights] = field(default_factory=dict)
     prepare: Mapping[str, Any] | None = None
-    initialize: Initialize | None = None
     augment: Mapping[str, Any] | None = None
     seed: int = 0
 
@@ -165,33 +200,6 @@ def build_parts(node: Any, table: Mapping[str, Callable[..., Any]], /, *, where:
     return build(_without(node, *parts), table, where=where, **parts, **given)
 
 
-def load_module(model: nn.Module, name: str, source: Path) -> None:
-    """Give the module `name` of `model` the weights of the same module in a run folder, or those in a file, in place.
-
-    Of a run it is the best checkpoint, else the newest. The classifier (`fc`, `classifier`) of a file of published
-    weights is left out where the module has none. Raises ValueError or OSError naming file and fault.
-    """
-    try:
-        module = model.get_submodule(name)
-    except AttributeError as error:
-        known = sorted(child for child, _ in model.named_children())
-        raise ConfigError(f"weights: the model has no module {name!r}; it has {known}") from error
-    own = {key.partition(".")[0] for key in module.state_dict()}
-
-    def without_classifier(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        left_out = {"fc", "classifier"} - own
-        return {key: value for key, value in state.items() if key.partition(".")[0] not in left_out}
-
-    path, prefix = source, ""
-    if source.is_dir():
-        folder = engine.best(source) or engine.latest(source)
-        if folder is None:
-            raise ConfigError(f"weights: {source} has no checkpoint: train it first, or give a file")
-        averaged = folder / "ema.safetensors"
-        path, prefix = averaged if averaged.exists() else folder / "model.safetensors", f"{name}."
-    load_weights(module, path, prefix=prefix, rename=without_classifier)
-
-
 @dataclass(frozen=True)
 class Run:
     """A run folder and the experiment in it."""
@@ -241,10 +249,9 @@ class Run:
         )
         model = experiment.build_model()
         if engine.latest(self.folder) is None:
-            for name, source in experiment.weights.items():
-                load_module(model, name, source)
-            if experiment.initialize is not None:
-                experiment.initialize.load(model)
+            for name, weights in experiment.weights.items():
+                weights = Weights(weights) if isinstance(weights, Path) else weights
+                weights.load(model, name)
         given: dict[str, Any] = dict(zip(GIVEN_TO_TRAINER, (model, data, self.folder, experiment.seed)))
         trainer = construct(Trainer, experiment.trainer, where="trainer", **given)
         return trainer.fit(self._validation() if trainer.validation else None, resume=resume, report=report)

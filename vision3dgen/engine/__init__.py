@@ -3,7 +3,6 @@
 from vision3dgen.engine.checkpoint import CheckpointError as CheckpointError
 from vision3dgen.engine.checkpoint import best as best
 from vision3dgen.engine.checkpoint import latest as latest
-from vision3dgen.engine.checkpoint import load_fitting as load_fitting
 from vision3dgen.engine.checkpoint import load_weights as load_weights
 from vision3dgen.engine.checkpoint import snapshots as snapshots
 from vision3dgen.engine.diagnose import Memory as Memory

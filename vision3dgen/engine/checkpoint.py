@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model, save_model
+from safetensors.torch import load_model, save_model
 from torch import nn
 
 from vision3dgen import __version__
@@ -141,33 +141,6 @@ def load_weights(model: nn.Module, folder: Path, *, ema: bool = True) -> dict[st
     name = "ema.safetensors" if ema and "ema.safetensors" in meta["files"] else "model.safetensors"
     _load(model, folder / name)
     return meta
-
-
-def load_fitting(
-    model: nn.Module, folder: Path, *, renamed: Mapping[str, str] | None = None, ema: bool = True
-) -> list[str]:
-    """Load those weights of a checkpoint whose names the model has too, in place, and return these names.
-
-    For starting a model from parts of another. renamed: parts of dotted names that are called otherwise in the model:
-    {"norm2": "norm3"} loads `blocks.0.norm2.bias` into `blocks.0.norm3.bias`. Raises CheckpointError if no name fits,
-    or one fits and its shape does not.
-    """
-    meta = verify(folder)
-    path = folder / ("ema.safetensors" if ema and "ema.safetensors" in meta["files"] else "model.safetensors")
-    renamed = renamed or {}
-    saved = {".".join(renamed.get(part, part) for part in k.split(".")): v for k, v in load_file(path).items()}
-    own = model.state_dict()
-    fitting = {name: saved[name] for name in own if name in saved}
-    if not fitting:
-        raise CheckpointError(f"{path}: no name fits; it has {sorted(saved)[:5]} ..., the model {sorted(own)[:5]} ...")
-    for name, value in fitting.items():
-        if value.shape != own[name].shape:
-            raise CheckpointError(
-                f"{path}: {name} is {tuple(value.shape)}, the model's {tuple(own[name].shape)}; "
-                "build both with the same sizes (of a vocabulary, of the position table, of the width)"
-            )
-    model.load_state_dict(fitting, strict=False)
-    return list(fitting)
 
 
 def load(folder: Path, model: nn.Module, ema: nn.Module | None = None) -> dict[str, Any]:

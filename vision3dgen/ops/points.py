@@ -571,7 +571,6 @@ def corresponding_points_alignment(
     size = check_shape(X=(x, "B N D"), Y=(y, "B N D"))
     if not torch.equal(lengths, lengths_y):
         raise ValueError(f"X and Y must have as many points, got {lengths.tolist()} and {lengths_y.tolist()}")
-    mask = within(lengths, size["N"]).to(x.dtype)  # (B, N)
     if isinstance(weights, list):
         if [len(w) for w in weights] != lengths.tolist():
             raise ValueError(f"weights must have {lengths.tolist()} entries, got {[len(w) for w in weights]}")
@@ -579,12 +578,15 @@ def corresponding_points_alignment(
     if weights is not None:
         check_shape(X=(x, "B N D"), weights=(weights, "B N"))
         check_finite(weights=weights)
-        mask = mask * weights.to(x.dtype)
+    mask = None  # (B, N); None where every point counts alike
+    if weights is not None or not isinstance(X, Tensor) or not isinstance(Y, Tensor) or size["N"] == 0:
+        mask = within(lengths, size["N"]).to(x.dtype)
+        mask = mask if weights is None else mask * weights.to(x.dtype)
 
     mean_x, mean_y = wmean(x, mask, eps=eps), wmean(y, mask, eps=eps)  # (B, 1, D)
     centered_x, centered_y = x - mean_x, y - mean_y
-    mass = mask.sum(1).clamp(min=eps)
-    weighted = centered_x * mask[..., None]
+    mass = lengths.to(x.dtype) if mask is None else mask.sum(1).clamp(min=eps)
+    weighted = centered_x if mask is None else centered_x * mask[..., None]
     covariance = weighted.mT @ centered_y / mass[:, None, None]
     free = (covariance == 0).all(-1).all(-1)[:, None, None]
     R: Tensor = _Rotation.apply(covariance + torch.eye(size["D"]).to(covariance) * free, allow_reflection)
@@ -592,7 +594,7 @@ def corresponding_points_alignment(
     if estimate_scale:
         variance = (weighted * centered_x).sum((1, 2)) / mass
         # what rounding leaves of a cloud in one place is no extent
-        rounding = (8 * torch.finfo(x.dtype).eps) ** 2 * (mask[..., None] * x.square()).sum((1, 2)) / mass
+        rounding = (8 * torch.finfo(x.dtype).eps) ** 2 * (variance + mean_x.square().sum((1, 2)))
         extended = variance > rounding
         s = ((R * covariance).sum((1, 2)) / variance.where(extended, 1)).where(extended, 1)
     T = mean_y[:, 0] - s[:, None] * (mean_x @ R)[:, 0]
