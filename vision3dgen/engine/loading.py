@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from vision3dgen.engine.seeding import mix, preserved_cpu_rng, seed_cpu
+from vision3dgen.engine.seeding import mix, preserved_cpu_rng, quick_mix, seed_cpu
 
 
 @runtime_checkable
@@ -132,9 +132,9 @@ class _Batches(Dataset[Any]):
         items = []
         with preserved_cpu_rng():
             for index in indices:
-                seed_cpu(mix(self.seed, 0, epoch, index))
+                seed_cpu(quick_mix(self.seed, 0, epoch, index))
                 items.append(self.data.dataset[index])
-            seed_cpu(mix(self.seed, 1, epoch, *indices))
+            seed_cpu(quick_mix(self.seed, 1, epoch, *indices))
             return self.data.collate(items)
 
 
@@ -166,6 +166,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """Move every tensor, and everything that has `.to(device)`, inside nested dicts, lists and tuples."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
+    if batch is None or isinstance(batch, str | int | float):  # ids by the hundred: asking them for methods is slow
+        return batch
     if isinstance(batch, Movable):
         return batch.to(device)
     if isinstance(batch, Mapping):

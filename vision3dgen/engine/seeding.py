@@ -1,5 +1,6 @@
 """Random states of Python, NumPy and torch as one thing that can be set, saved and put back."""
 
+import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,11 @@ def mix(*numbers: int) -> int:
     # With their count in front: NumPy takes (1,) and (1, 0) for the same.
     high, low = np.random.SeedSequence((len(numbers), *numbers)).generate_state(2)
     return (int(high) << 32 | int(low)) >> 1
+
+
+def quick_mix(*numbers: int) -> int:
+    """`mix`, other numbers, in a microsecond: it runs once per sample."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def seed_all(seed: int) -> None:

@@ -28,6 +28,7 @@ PAIRS_AT_ONCE = DISTANCE_BYTES // 64  # the most pairs of a radius search listed
 KERNEL_NEIGHBORS = 32  # the most neighbors, and
 KERNEL_DIMENSIONS = 16  # axes, that the Triton kernels keep in registers
 TREE_DIMENSIONS = 8  # a KD-tree prunes little beyond
+FEW_QUERIES = 2**12  # fewer than this are answered before threads have started
 TREE_PAIRS = 2**12  # fewer pairs than this are faster to measure than to sort into a tree
 
 
@@ -210,7 +211,7 @@ def _tree_search(
             list(pool.map(functools.partial(search, workers=1), range(batch)))
     else:
         for b in range(batch):
-            search(b, threads)
+            search(b, threads if counts1[b] > FEW_QUERIES else 1)
     return torch.from_numpy(idx)
 
 
