@@ -321,11 +321,12 @@ class Run:
         predict = predictor(self.model(device), device)
         return show(samples(dataset, items, {self.folder.name: predict}), out)
 
-    def _require_shapes(self, command: str) -> None:
+    def _require_shapes(self, command: str) -> ShapeEvaluator:
         evaluation = self.experiment.evaluation
         if not isinstance(evaluation, ShapeEvaluator):
             name = next(name for name, kind in EVALUATIONS.items() if kind is type(evaluation))
             raise ConfigError(f"{command} needs a run that predicts shapes; {self.folder} is evaluated as {name!r}")
+        return evaluation
 
     def evaluate(
         self,
@@ -342,8 +343,8 @@ class Run:
         processes()  # each of several takes its own device
         experiment = self.experiment
         if workers is not None:
-            self._require_shapes("workers")
-            experiment = replace(experiment, evaluation=replace(experiment.evaluation, workers=workers))
+            evaluation = self._require_shapes("workers")
+            experiment = replace(experiment, evaluation=replace(evaluation, workers=workers))
         return score(
             self.folder / "evaluation",
             experiment,

@@ -15,7 +15,7 @@ from vision3dgen.metrics.shape import (
     check_samples,
     generator,
     point_iou,
-    score_shape,
+    score_sound,
     shape_problem,
     surface_metrics,
     unit_frame,
@@ -213,14 +213,12 @@ def score_job(job: Job) -> Row:
     """
     prediction, truth, protocol = job.prediction, job.truth, job.protocol
     row = blank_row(truth.id, truth.category)
-    target, target_frame = truth.target, truth.frame
+    target, target_frame, unit = truth.target, truth.frame, None
     if target is not None:
-        problem = shape_problem(target)
-        if not problem:
-            target, target_frame = _reframe(target, truth.frame, protocol.frame, truth.frame, truth.camera)
-            problem = _target_problem(target, truth, protocol)
-        if problem:
-            return row | {"reason": f"target: {problem}", "fault": "target"}
+        try:
+            target, target_frame, unit = _placed(target, truth, protocol)
+        except _Broken as error:
+            return row | {"reason": f"target: {error}", "fault": "target"}
     absent = {iou_column(spec): _absent(spec, truth) for spec in protocol.iou}
     if protocol.samples is None and all(absent.values()):
         return row | {"reason": f"target: {'; '.join(dict.fromkeys(filter(None, absent.values())))}", "fault": "target"}
@@ -228,11 +226,12 @@ def score_job(job: Job) -> Row:
         row["metrics"] = [surface_metrics(None, protocol)] * job.repeats
     if prediction.failure is not None:
         return row | {"reason": prediction.failure}
-    shape, frame = prediction.shape, prediction.frame
-    if shape is not None and (problem := shape_problem(shape)) not in ("", "no surface"):
+    problem = "no surface" if prediction.shape is None else shape_problem(prediction.shape)
+    if problem not in ("", "no surface"):
         return row | {"reason": f"prediction: {problem}"}
-    if shape is not None or prediction.voxels is not None or any(p is not None for p in job.probabilities):
-        shape, frame = _comparable(prediction, target, target_frame, truth, protocol)
+    if any(known is not None for known in (prediction.shape, prediction.voxels, *job.probabilities)):
+        _check_frame(prediction, target, truth, protocol)
+    shape = None if problem else _comparable(prediction, target_frame, truth, protocol)
 
     try:
         ious, unmeasured, occupied = _ious(job, shape)
@@ -240,13 +239,13 @@ def score_job(job: Job) -> Row:
         if protocol.samples is None:
             return row | _volume_row(ious, unmeasured, occupied, shape, job.repeats)
         assert target is not None
+        assert unit is not None
         scores = [
-            score_shape(
+            score_sound(
                 shape,
                 target,
                 protocol,
-                frame=frame,
-                target_frame=target_frame,
+                unit,
                 seed=job.seed,
                 item=truth.id,
                 repeat=repeat,
@@ -276,7 +275,7 @@ def _volume_row(
 ) -> Row:
     """What a protocol without surface metrics makes of an item."""
     nothing = all(value is None for value in ious.values())
-    if nothing and shape is not None and not shape_problem(shape):  # a surface, but nothing that the protocol scores
+    if nothing and shape is not None:  # a surface, but nothing that the protocol scores
         return {"reason": f"prediction: {'; '.join(dict.fromkeys(unmeasured.values()))}"}
     metrics = [ious] * repeats
     if not occupied:
@@ -284,17 +283,26 @@ def _volume_row(
     return {"status": "ok", "fault": "", "metrics": metrics, "unmeasured": unmeasured}
 
 
-def _target_problem(target: Meshes | Pointclouds, truth: Truth, protocol: Protocol) -> str:
-    """Why nothing can be scored against this target, which has a surface, or ""."""
-    if problem := shape_problem(target):  # a camera with NaN, say
-        return problem
-    if protocol.frame == "camera" and truth.camera is not None and _out_of_sight(target, truth.camera):
-        return "the camera does not see it"
+class _Broken(ValueError):
+    """Why nothing can be scored against a target."""
+
+
+def _placed(target: Meshes | Pointclouds, truth: Truth, protocol: Protocol) -> tuple[Any, Frame, Frame]:
+    """The target in the protocol's axes, its frame, and the unit of the comparison."""
+    if problem := shape_problem(target):
+        raise _Broken(problem)
+    camera = truth.camera
+    if protocol.frame == "camera" and camera is not None:
+        for name, values in (("rotation", camera.rotation), ("translation", camera.translation)):
+            if not bool(torch.isfinite(values).all()):
+                raise _Broken(f"the camera's {name} is {values.tolist()}")
+    placed, frame = _reframe(target, truth.frame, protocol.frame, truth.frame, camera)
+    if protocol.frame == "camera" and camera is not None and _out_of_sight(placed, camera):
+        raise _Broken("the camera does not see it")
     try:
-        unit_frame(protocol, target, truth.id)
+        return placed, frame, unit_frame(protocol, placed, truth.id)
     except ValueError as error:
-        return str(error)
-    return ""
+        raise _Broken(str(error)) from error
 
 
 def _absent(spec: PointIoU | VoxelIoU, truth: Truth) -> str:
@@ -302,30 +310,29 @@ def _absent(spec: PointIoU | VoxelIoU, truth: Truth) -> str:
     return f"the truth has no {' and '.join(missing)}" if missing else ""
 
 
-def _comparable(
-    prediction: Prediction,
-    target: Meshes | Pointclouds | None,
-    target_frame: Frame,
-    truth: Truth,
-    protocol: Protocol,
-) -> tuple[Meshes | Pointclouds | None, Frame | None]:
-    """The predicted shape in the protocol's axes; ValueError unless its frame is the item's, or the camera's own."""
+def _check_frame(prediction: Prediction, target: Meshes | Pointclouds | None, truth: Truth, protocol: Protocol) -> None:
+    """ValueError unless the prediction's frame is the item's, or the camera's own, and can be sampled."""
     shape, frame = prediction.shape, prediction.frame
     if frame is None:
         raise ValueError(f"the prediction of {truth.id} has no frame: coordinates without one cannot be compared")
     expected = Frame("camera") if shape is not None and frame.name == "camera" else truth.frame
     if not frame.close_to(expected):
         raise ValueError(f"prediction and target of {truth.id} are in different frames, {frame} and {expected}")
-    needed = protocol.samples is not None or any(isinstance(spec, PointIoU) for spec in protocol.iou)
-    if shape is None or not needed:
-        return shape, frame
-    if target is not None:
+    if shape is not None and target is not None:
         check_samples(protocol, shape, target)
-    if shape_problem(shape):
-        return shape, target_frame
-    shape, frame = _reframe(shape, frame, protocol.frame, truth.frame, truth.camera)
+
+
+def _comparable(
+    prediction: Prediction, target_frame: Frame, truth: Truth, protocol: Protocol
+) -> Meshes | Pointclouds | None:
+    """The predicted shape, which has a surface, in the protocol's axes, as far as the protocol compares shapes."""
+    assert prediction.shape is not None
+    assert prediction.frame is not None
+    if protocol.samples is None and not any(isinstance(spec, PointIoU) for spec in protocol.iou):
+        return prediction.shape
+    shape, frame = _reframe(prediction.shape, prediction.frame, protocol.frame, truth.frame, truth.camera)
     check_frames(protocol, frame, target_frame)
-    return shape, frame
+    return shape
 
 
 def _ious(job: Job, shape: Meshes | Pointclouds | None) -> tuple[dict[str, float | None], dict[str, str], bool]:
@@ -390,6 +397,6 @@ def _inside(
         return COMPARE[spec.comparator](probabilities, spec.threshold)
     if isinstance(shape, Pointclouds):
         return None
-    if shape is None or shape_problem(shape) == "no surface":
+    if shape is None:
         return torch.zeros(len(points), dtype=torch.bool, device=points.device)
     return contains(shape, points[None].to(shape.device))[0]
