@@ -11,9 +11,7 @@ table.md, ops.jsonl, scaling.png and, with --meshes, inside.md in the output fol
 """
 
 import argparse
-import ctypes
 import functools
-import gc
 import importlib.util
 import json
 import statistics
@@ -33,6 +31,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from vision3dgen import losses, ops
+from vision3dgen.engine import memory_growth
 from vision3dgen.experiment import environment
 from vision3dgen.files import atomic_write
 from vision3dgen.io import load_mesh, to_open3d, to_pytorch3d, to_trimesh
@@ -141,27 +140,8 @@ def timed(run: Run, device: torch.device) -> float:
 
 def peak(run: Run, device: torch.device) -> float | None:
     """Mebibytes that a call needed beyond what was there, None where the system does not tell."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        torch.cuda.synchronize(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    switch = Path("/proc/self/clear_refs")
-    if not switch.exists() or not hasattr(ctypes.CDLL(None), "malloc_trim"):
-        run()
-        return None
-    ctypes.CDLL(None).malloc_trim(0)  # else what earlier calls freed would be used again, and not be seen
-    switch.write_text("5")  # Linux: forget the highest resident size so far
-    before = resident("VmRSS")
-    run()
-    return max(resident("VmHWM") - before, 0.0)
-
-
-def resident(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith(field + ":")) / 1024
+    growth = memory_growth(run, device)
+    return None if growth is None else growth / 2**20
 
 
 # ------------------------------------------------------------------------------------------------------ contests

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -25,6 +25,7 @@ from rich.markdown import Markdown
 from torch import Tensor
 
 from vision3dgen.config import Config, ConfigError, load, merge
+from vision3dgen.engine import ModelProfile, profile_model, to_device
 from vision3dgen.experiment import Run, environment, predictor, samples, score
 from vision3dgen.files import atomic_write
 from vision3dgen.io import save_mesh
@@ -61,8 +62,12 @@ def main() -> int:
         run.train(resume=True)
         seconds[name] = time.perf_counter() - began
 
-    predictors = with_baselines(runs, device)
     experiment = next(iter(runs.values())).experiment
+    costs = {}
+    for name, run in runs.items():
+        console.rule(f"{name}: cost of a prediction")
+        costs[name] = cost(run, device)
+    predictors = with_baselines(runs, device)
     first_weights = {"features": next(iter(runs.values())).weights()}  # what retrieval compares with
     tables = {}
     for protocol in experiment.evaluation.protocols:
@@ -73,7 +78,7 @@ def main() -> int:
             about = {"weights": runs[name].weights()} if name in runs else {"baseline": name} | first_weights
             summaries[name] = score(folder, experiment, predict, protocol, about=about)
         tables[protocol] = summaries
-    write_tables(options.out, tables, seconds)
+    write_tables(options.out, tables, seconds, costs)
     draw(options.out, runs, predictors, options.gallery)
     console.print(Markdown((options.out / "table.md").read_text()))
     console.print(
@@ -109,16 +114,53 @@ def with_baselines(runs: Mapping[str, Run], device: torch.device) -> dict[str, P
     }
 
 
-def write_tables(out: Path, tables: Mapping[str, Mapping[str, Summary]], seconds: Mapping[str, float]) -> None:
+class Cost(NamedTuple):
+    """What predicting takes, an image alone and in a batch of the evaluation's size."""
+
+    alone: ModelProfile
+    batched: ModelProfile
+
+    def cells(self) -> list[str]:
+        memory = self.batched.peak_memory
+        return [
+            f"{self.alone.parameters / 1e6:.2f}",
+            f"{self.alone.ms_per_image:.1f}",
+            f"{self.batched.ms_per_image:.1f}",
+            "-" if memory is None else f"{memory / 2**20:.0f}",
+        ]
+
+
+COSTS = ["parameters (M)", "ms alone", "ms in a batch", "MiB of a batch"]
+
+
+def cost(run: Run, device: torch.device) -> Cost:
+    """Measured on the first test items; the surface is extracted too."""
+    experiment = run.experiment
+    dataset, model = experiment.dataset(experiment.evaluation.split), run.model(device)
+    profiles = []
+    for size in (1, min(experiment.evaluation.batch_size, len(dataset))):
+        batch = to_device(next(experiment.batches(dataset, size)), device)
+        profiles.append(profile_model(model, batch, images=size))
+    return Cost(*profiles)
+
+
+def write_tables(
+    out: Path,
+    tables: Mapping[str, Mapping[str, Summary]],
+    seconds: Mapping[str, float],
+    costs: Mapping[str, Cost],
+) -> None:
     """table.md for people and table.jsonl, a line per method and protocol, for programs."""
     known = environment()
     machine = f"{known['device']}, {known['threads']} threads, torch {known['torch']}"
     text = [f"Measured {date.today().isoformat()} on {machine}.\n"]
     records = []
     for protocol, summaries in tables.items():
-        text += [f"## Protocol `{protocol}`\n", comparison(summaries)]
+        text += [f"## Protocol `{protocol}`\n", comparison(summaries, costs)]
         for name, summary in summaries.items():
             record = {"date": date.today().isoformat(), "method": name, "training_seconds": seconds.get(name)}
+            measured = costs[name]._asdict() if name in costs else {}
+            record["prediction"] = {size: profile._asdict() for size, profile in measured.items()}
             records.append(record | {"environment": known} | summary.to_dict())
     with atomic_write(out / "table.md") as file:
         file.write("\n".join(text).encode())
@@ -126,8 +168,8 @@ def write_tables(out: Path, tables: Mapping[str, Mapping[str, Summary]], seconds
         file.write("".join(json.dumps(record) + "\n" for record in records).encode())
 
 
-def comparison(summaries: Mapping[str, Summary]) -> str:
-    """Methods by row, the headline averages by column, and the ceiling that sampling puts on them."""
+def comparison(summaries: Mapping[str, Summary], costs: Mapping[str, Cost]) -> str:
+    """Methods by row, the headline averages and costs by column, and the ceiling that sampling puts on the first."""
     any_summary = next(iter(summaries.values()))
     hidden = ("Precision", "Recall", "Accuracy", "Completeness")
     columns = [c for c in dict.fromkeys(c for s in summaries.values() for c in s.headline) if not c.startswith(hidden)]
@@ -140,13 +182,14 @@ def comparison(summaries: Mapping[str, Summary]) -> str:
         return shown
 
     rows = [
-        ["method", *(column.replace("|", "\\|") for column in columns), "ok / empty / failed"],
-        ["---", *["---:"] * (len(columns) + 1)],
+        ["method", *(column.replace("|", "\\|") for column in columns), "ok / empty / failed", *COSTS],
+        ["---", *["---:"] * (len(columns) + 1 + len(COSTS))],
     ]
     for name, summary in summaries.items():
         counts = f"{summary.n_ok} / {summary.n_empty} / {summary.n_failed}"
-        rows.append([name, *cells(summary.headline, summary.spread), counts])
-    rows.append(["*truth against truth*", *cells(any_summary.ceiling, {}), ""])
+        costly = costs[name].cells() if name in costs else ["-"] * len(COSTS)
+        rows.append([name, *cells(summary.headline, summary.spread), counts, *costly])
+    rows.append(["*truth against truth*", *cells(any_summary.ceiling, {}), "", *[""] * len(COSTS)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 

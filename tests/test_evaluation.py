@@ -1,6 +1,9 @@
 import dataclasses
 import json
 import math
+import multiprocessing
+import os
+import time
 
 import pytest
 import torch
@@ -350,6 +353,7 @@ def test_rows_hold_what_they_should(tmp_path):
         "metrics",
         "ceiling",
         "points",
+        "unmeasured",
         "seconds",
     }
     assert len(rows[0]["metrics"]) == 2
@@ -485,3 +489,162 @@ def test_wrong_voxels_fail_their_item():
         return [Prediction(voxels=torch.zeros(3, 3, 3), frame=f) for f in batch["frame"]]
 
     assert "voxels must be (5, 5, 5)" in run(predict=predict).failures[IDS[0]]
+
+
+# ------------------------------------------------------------------------------------------------- bad input, per item
+
+
+def test_a_prediction_that_is_all_inside_has_the_truths_share():
+    def predict(batch):
+        box_of_all = box(1.1, 1.1, 1.1)
+        full = [torch.ones(5, 5, 5)] * len(batch["id"])
+        return [
+            Prediction(box_of_all, voxels, lambda points: torch.ones(len(points)), frame)
+            for voxels, frame in zip(full, batch["frame"])
+        ]
+
+    summary = run(make_items(1), predict)
+    item = make_items(1)[0]
+    order = torch.randperm(127, generator=generator(0, item["id"], 0, "points"))[:101]
+    share = float(item["occupancies"][order].mean())
+    assert summary.per_instance["IoU (points)"] == pytest.approx(share)
+    assert summary.per_instance["IoU (points, network)"] == pytest.approx(share)
+    assert summary.per_instance["IoU (voxels 5)"] == pytest.approx(float(item["voxels"].mean()))
+
+
+def test_a_surface_that_cuts_itself_has_the_inside_of_its_parts():
+    def halves(batch):
+        predictions = []
+        for mesh, frame in zip(batch["mesh"], batch["frame"]):
+            verts, faces = mesh.get_mesh_verts_faces(0)
+            low, high = (verts * torch.tensor([0.7, 1, 1]) + torch.tensor([s * 0.15, 0, 0]) for s in (-1, 1))
+            both = Meshes([torch.cat([low, high])], [torch.cat([faces, faces + len(verts)])])
+            predictions.append(Prediction(both, frame=frame))
+        return predictions
+
+    assert run(predict=halves).per_instance["IoU (points)"] == 1
+
+
+def test_missing_truth_is_said_and_never_scored():
+    def only(batch, *keys):
+        return {key: value for key, value in batch.items() if key not in keys}
+
+    summary = run(predict=perfect)
+    assert summary.unmeasured == {}
+    batches = [only(batch, "voxels", "occupancies") for batch in to_batches(make_items())]
+    known = {name: p for batch in to_batches(make_items()) for name, p in zip(batch["id"], perfect(batch))}
+
+    def predict(batch):
+        return [known[name] for name in batch["id"]]
+
+    partial = evaluate(batches, predict, QUICK, out=None, seed=0, repeats=1)
+    assert partial.n_ok == 6
+    assert partial.headline["CD"] == summary.headline["CD"]
+    assert partial.unmeasured["IoU (voxels 5)"] == {"the truth has no voxels": 6}
+    assert partial.unmeasured["IoU (points)"] == {"the truth has no occupancies": 6}
+    assert "Not measured: IoU (voxels 5): the truth has no voxels (6 items)" in partial.to_markdown()
+    volumes = dataclasses.replace(PROTOCOLS["r2n2"], iou=QUICK.iou[:1])
+    nothing = evaluate(batches, predict, volumes, out=None, seed=0, repeats=1)
+    assert (nothing.n_failed, set(nothing.failures.values())) == (6, {"target: the truth has no voxels"})
+
+
+def test_what_a_prediction_lacks_is_said():
+    summary = run()
+    assert summary.unmeasured["IoU (voxels 5)"] == {"the prediction has no voxels": 6}
+    assert summary.unmeasured["IoU (points, network)"] == {"the prediction is no function": 6}
+    assert "IoU (points)" not in summary.unmeasured
+    volumes = dataclasses.replace(PROTOCOLS["r2n2"], iou=QUICK.iou[:1])
+    assert set(run(protocol=volumes).failures.values()) == {"prediction: the prediction has no voxels"}
+    assert run(protocol=volumes, predict=lambda batch: [Prediction()] * len(batch["id"])).n_empty == 6
+
+
+MESHRCNN = dataclasses.replace(PROTOCOLS["meshrcnn"], name="meshrcnn_quick", samples=(211, 211))
+
+
+@pytest.mark.parametrize("fault", ["behind", "left", "below", "nan"])
+def test_cameras_that_do_not_see_the_object_fail_their_item(fault):
+    items = make_items()
+    camera = items[2]["camera"]
+    shift = {"behind": (0, 0, -9), "left": (-50, 0, 0), "below": (0, 50, 0), "nan": (0, math.nan, 0)}[fault]
+    moved = camera.translation + torch.tensor(shift, dtype=camera.translation.dtype)
+    items[2]["camera"] = Camera(camera.rotation, moved, camera.intrinsics, camera.image_size)
+    summary = run(items, protocol=MESHRCNN)
+    assert (summary.n_ok, list(summary.failures)) == (5, [IDS[2]])
+    assert ("is [" if fault == "nan" else "the camera does not see it") in summary.failures[IDS[2]]
+    assert run(items).n_ok == 6  # a protocol of the object frame asks no camera
+
+
+def test_an_occupancy_that_raises_fails_its_item():
+    def predict(batch):
+        def occupancy(points):
+            raise RuntimeError("too many points")
+
+        return [p._replace(occupancy=occupancy) if n == IDS[1] else p for n, p in zip(batch["id"], perfect(batch))]
+
+    summary = run(predict=predict)
+    assert summary.failures == {IDS[1]: "occupancy: RuntimeError: too many points"}
+
+
+def test_a_mesh_of_the_cameras_frame_is_asked_for_points_of_the_object_frame():
+    points_only = dataclasses.replace(PROTOCOLS["r2n2"], name="points", iou=QUICK.iou[1:2])
+    for protocol in (QUICK, points_only):
+        assert run(predict=in_camera, protocol=protocol).per_instance["IoU (points)"] == pytest.approx(1, abs=0.01)
+
+
+def test_without_the_ceiling_all_else_is_the_same(tmp_path):
+    full, bare = run(repeats=2), run(repeats=2, ceiling=False, out=tmp_path / "rows.jsonl")
+    assert bare.ceiling == {}
+    assert bare.points == {name: full.points[name] for name in ("prediction", "target")}
+    same = {"ceiling": full.ceiling, "points": full.points}
+    assert bare.to_dict() | same == full.to_dict()
+    with pytest.raises(ValueError, match=r"another run: \['ceiling'\] differ"):
+        run(repeats=2, out=tmp_path / "rows.jsonl")
+
+
+# --------------------------------------------------------------------------------------------------------- workers
+
+
+class Deadly(Frame):
+    """A frame that ends the process that receives it."""
+
+    def __reduce__(self):
+        return os._exit, (9,)
+
+
+class Endless(Frame):
+    def __reduce__(self):
+        return time.sleep, (600,)
+
+
+@pytest.mark.slow
+def test_workers_leave_the_same_lines_and_lose_no_more_than_they_must(tmp_path):
+    def without_seconds(path):
+        rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+    reference = run(predict=perfect, repeats=2, out=tmp_path / "one.jsonl").to_dict()
+    frame = make_items(1)[0]["frame"]
+    broken = {
+        IDS[1]: Prediction(box(1, 1, 1), frame=Endless(frame.name, frame.center, frame.scale)),
+        IDS[4]: Prediction(box(1, 1, 1), frame=Deadly(frame.name, frame.center, frame.scale)),
+    }
+    settings = {"repeats": 2, "workers": 2, "timeout": 5}
+    lossy = run(predict=without(perfect, broken), out=tmp_path / "lossy.jsonl", **settings)
+    assert lossy.n_ok == 4
+    assert lossy.failures == {
+        IDS[1]: "scoring: it took more than 5 s",
+        IDS[4]: "scoring: its process died (out of memory, or a crash)",
+    }
+    kept, expected = without_seconds(tmp_path / "lossy.jsonl"), without_seconds(tmp_path / "one.jsonl")
+    assert [row["id"] for row in kept[1:]] == IDS
+    same = [index for index, row in enumerate(expected) if row.get("id") not in broken]
+    assert [kept[i] for i in same] == [expected[i] for i in same]
+
+    summary = run(predict=perfect, out=tmp_path / "two.jsonl", **settings)
+    assert summary.to_dict() == reference
+    assert without_seconds(tmp_path / "two.jsonl") == expected
+
+    wrong = {IDS[0]: Prediction(box(1, 1, 1), frame=Frame("object"))}
+    with pytest.raises(ValueError, match="different frames"):  # in a worker, and still an error of the run
+        run(predict=without(perfect, wrong), workers=1)
+    assert not multiprocessing.active_children()

@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run_folder", type=Path, metavar="RUN")
     evaluate.add_argument("--protocol", action="append", help="name; may be repeated (default: the configuration's)")
     evaluate.add_argument("--split", help="train, val or test (default: the configuration's)")
+    evaluate.add_argument("--workers", type=int, help="processes that score shapes (default: the configuration's)")
     _device(evaluate)
 
     reconstruct = _command(
@@ -176,13 +177,16 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from vision3dgen.engine.processes import processes
     from vision3dgen.experiment import Run
 
     run = Run.open(options.run_folder)
     failed = 0
     for name in options.protocol or run.experiment.evaluation.names:
-        scores = run.evaluate(name, split=options.split, device=_chosen(options.device))
-        print(scores.to_markdown())
+        device = _chosen(options.device)
+        scores = run.evaluate(name, split=options.split, device=device, workers=options.workers)
+        if processes().is_main_process:
+            print(scores.to_markdown())
         failed += scores.to_dict().get("n_failed", 0)
     return 1 if failed else 0
 

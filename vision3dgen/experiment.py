@@ -14,7 +14,7 @@ import platform
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +28,7 @@ from vision3dgen.backbones import BACKBONES, LoadedWeights, load_weights
 from vision3dgen.config import Config, ConfigError, Named, arguments, build, choose, construct, load, save
 from vision3dgen.datasets import AUGMENTATIONS, CATEGORIES, DATASETS, PREPARE, Augment, Augmented, collate
 from vision3dgen.engine import Data, Trainer, to_device
+from vision3dgen.engine.processes import processes
 from vision3dgen.files import atomic_write
 from vision3dgen.heads import HEADS
 from vision3dgen.io import read_image, save_mesh
@@ -178,8 +179,23 @@ class Experiment:
     @staticmethod
     def batches(dataset: Any, batch_size: int) -> Iterator[dict[str, Any]]:
         """All items of a dataset, in order."""
-        for start in range(0, len(dataset), batch_size):
-            yield collate([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
+        return iter(Batches(dataset, batch_size))
+
+
+class Batches(Sequence[dict[str, Any]]):
+    """All items of a dataset, in order, so many at once; a batch is made when it is asked for."""
+
+    def __init__(self, dataset: Any, size: int):
+        self.dataset, self.size = dataset, size
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.size)
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < len(self):
+            raise IndexError(f"there are {len(self)} batches, got {number}")
+        start = number * self.size
+        return collate([self.dataset[i] for i in range(start, min(start + self.size, len(self.dataset)))])
 
 
 def build_parts(node: Any, table: Mapping[str, Callable[..., Any]], /, *, where: str = "", **given: Any) -> Any:
@@ -312,17 +328,33 @@ class Run:
         predict = predictor(self.model(device), device)
         return show(samples(dataset, items, {self.folder.name: predict}), out)
 
-    def _require_shapes(self, command: str) -> None:
+    def _require_shapes(self, command: str) -> ShapeEvaluator:
         evaluation = self.experiment.evaluation
         if not isinstance(evaluation, ShapeEvaluator):
             name = next(name for name, kind in EVALUATIONS.items() if kind is type(evaluation))
             raise ConfigError(f"{command} needs a run that predicts shapes; {self.folder} is evaluated as {name!r}")
+        return evaluation
 
-    def evaluate(self, name: str, *, split: str | None = None, device: torch.device | str = "cpu") -> Scores:
-        """Score the run under a name of its evaluation: a protocol, for shapes."""
+    def evaluate(
+        self,
+        name: str,
+        *,
+        split: str | None = None,
+        device: torch.device | str = "cpu",
+        workers: int | None = None,
+    ) -> Scores:
+        """Score the run under a name of its evaluation: a protocol, for shapes. Several processes divide the items.
+
+        workers: for shapes, how many processes score in place of what the configuration says.
+        """
+        processes()  # each of several takes its own device
+        experiment = self.experiment
+        if workers is not None:
+            evaluation = self._require_shapes("workers")
+            experiment = replace(experiment, evaluation=replace(evaluation, workers=workers))
         return score(
             self.folder / "evaluation",
-            self.experiment,
+            experiment,
             predictor(self.model(device), device),
             name,
             split=split,
@@ -382,7 +414,7 @@ def score(
     """
     evaluation = experiment.evaluation
     split = split or evaluation.split
-    batches = experiment.batches(experiment.dataset(split), evaluation.batch_size)
+    batches = Batches(experiment.dataset(split), evaluation.batch_size)
     return evaluation.evaluate(name, batches, predict, folder, split=split, seed=experiment.seed, about=about)
 
 

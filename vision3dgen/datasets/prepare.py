@@ -27,7 +27,6 @@ from torch import Tensor
 
 from vision3dgen.checks import check_finite
 from vision3dgen.datasets.manifest import SPLITS, SplitManifest, assign_splits, read_json, sha256, write_json
-from vision3dgen.datasets.parallel import map_in_order
 from vision3dgen.datasets.procedural import CATEGORIES, category_name, make_shape
 from vision3dgen.datasets.shapenet import DEPTH_UNITS
 from vision3dgen.files import atomic_write
@@ -35,6 +34,7 @@ from vision3dgen.io import load_mesh, save_npz, save_obj, write_binvox, write_de
 from vision3dgen.ops.inside import contains, winding_number
 from vision3dgen.ops.meshes import sample_points_from_meshes
 from vision3dgen.ops.render import GRAY, Rendering, raycast, resolve_renderer
+from vision3dgen.parallel import map_in_order
 from vision3dgen.structures import Camera, Frame, GridSpec, Meshes
 
 SUFFIXES = (".obj", ".ply", ".off", ".stl", ".glb")

@@ -30,13 +30,13 @@ from manifold3d import Manifold, Mesh64
 from torch import Tensor
 
 from vision3dgen.datasets.manifest import SPLITS, SplitManifest, assign_splits, read_json, sha256, write_json
-from vision3dgen.datasets.parallel import map_in_order
 from vision3dgen.datasets.prepare import Prepared
 from vision3dgen.datasets.procedural import CATEGORIES, make_shape
 from vision3dgen.datasets.vocabulary import Vocabulary
 from vision3dgen.files import atomic_write
 from vision3dgen.io import write_depth_png, write_png
 from vision3dgen.ops.render import raycast
+from vision3dgen.parallel import map_in_order
 from vision3dgen.structures import Camera, Meshes, join_meshes_as_scene
 
 COLORS: dict[str, tuple[float, float, float]] = {

@@ -37,6 +37,9 @@ from vision3dgen.engine.optim import recompute_batch_norm as recompute_batch_nor
 from vision3dgen.engine.processes import gather_items as gather_items
 from vision3dgen.engine.processes import main_process_first as main_process_first
 from vision3dgen.engine.processes import share as share
+from vision3dgen.engine.profile import ModelProfile as ModelProfile
+from vision3dgen.engine.profile import memory_growth as memory_growth
+from vision3dgen.engine.profile import profile_model as profile_model
 from vision3dgen.engine.search import Choice as Choice
 from vision3dgen.engine.search import Distribution as Distribution
 from vision3dgen.engine.search import Integer as Integer

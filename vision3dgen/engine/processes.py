@@ -41,6 +41,33 @@ def share(count: int) -> range:
     return range(state.process_index, count, state.num_processes)
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """What each process gave, by rank, in every process; picklable values of any size."""
+    from accelerate.utils import gather_object
+
+    processes()
+    return gather_object([value])
+
+
+@contextmanager
+def raised_by_all() -> Iterator[int]:
+    """Run the block, which is given this process's number, and leave it together with all processes.
+
+    An exception in one process raises a RuntimeError that names it in the others, so that none waits for it forever.
+    """
+    error: Exception | None = None
+    try:
+        yield processes().process_index
+    except Exception as caught:  # raised below, when the others know
+        error = caught
+    said = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for number, message in enumerate(said):
+        if message is not None:
+            raise RuntimeError(f"process {number} failed: {message}")
+
+
 def gather_items(indices: Sequence[int], values: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     """What all processes measured of items `range(count)`, in order, on the CPU of every process.
 
@@ -52,10 +79,7 @@ def gather_items(indices: Sequence[int], values: Mapping[str, Tensor], count: in
     Differs: accelerate's `gather_for_metrics` pads with repeated items and cuts them off again, which relies on its own
     samplers.
     """
-    from accelerate.utils import gather_object
-
-    processes()
-    shares = gather_object([(list(indices), {name: value.detach().cpu() for name, value in values.items()})])
+    shares = gather_objects((list(indices), {name: value.detach().cpu() for name, value in values.items()}))
     owned = [index for own, _ in shares for index in own]
     if sorted(owned) != list(range(count)):
         missing = sorted(set(range(count)) - set(owned))

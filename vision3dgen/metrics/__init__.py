@@ -1,10 +1,8 @@
 """Protocols, scores of single predictions, and the evaluation of a run (`EVALUATIONS`)."""
 
-from vision3dgen.metrics.evaluation import Prediction as Prediction
-from vision3dgen.metrics.evaluation import Summary as Summary
 from vision3dgen.metrics.evaluation import evaluate as evaluate
+from vision3dgen.metrics.evaluation import evaluate_distributed as evaluate_distributed
 from vision3dgen.metrics.evaluation import read_results as read_results
-from vision3dgen.metrics.evaluation import summarize as summarize
 from vision3dgen.metrics.evaluator import Evaluator as Evaluator
 from vision3dgen.metrics.evaluator import Scores as Scores
 from vision3dgen.metrics.evaluator import ShapeEvaluator as ShapeEvaluator
@@ -19,6 +17,7 @@ from vision3dgen.metrics.language import Pointing as Pointing
 from vision3dgen.metrics.language import bleu as bleu
 from vision3dgen.metrics.language import perplexity as perplexity
 from vision3dgen.metrics.language import pointing as pointing
+from vision3dgen.metrics.prediction import Prediction as Prediction
 from vision3dgen.metrics.protocols import PROTOCOLS as PROTOCOLS
 from vision3dgen.metrics.protocols import Protocol as Protocol
 from vision3dgen.metrics.recognition import ClassEvaluator as ClassEvaluator
@@ -37,6 +36,8 @@ from vision3dgen.metrics.shape import point_iou as point_iou
 from vision3dgen.metrics.shape import score_shape as score_shape
 from vision3dgen.metrics.shape import surface_distances as surface_distances
 from vision3dgen.metrics.shape import voxel_iou as voxel_iou
+from vision3dgen.metrics.summary import Summary as Summary
+from vision3dgen.metrics.summary import summarize as summarize
 
 EVALUATIONS: dict[str, type[Evaluator]] = {
     "shapes": ShapeEvaluator,

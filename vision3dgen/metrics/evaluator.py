@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from vision3dgen.checks import check_choice
+from vision3dgen.engine.processes import processes
 from vision3dgen.files import atomic_write
-from vision3dgen.metrics.evaluation import Summary, evaluate
+from vision3dgen.metrics.evaluation import evaluate, evaluate_distributed
 from vision3dgen.metrics.protocols import PROTOCOLS
+from vision3dgen.metrics.summary import Summary
 
 Batches = Iterable[Mapping[str, Any]]
 Predict = Callable[[Mapping[str, Any]], Any]  # what `model.predict` gives for a batch, on the CPU
@@ -65,21 +67,35 @@ class Evaluator(ABC):
         check_choice("protocol", name, self.choices)
         folder.mkdir(parents=True, exist_ok=True)
         scores = self.score(name, batches, predict, folder / f"{name}_{split}.jsonl", seed=seed, about=about or {})
-        with atomic_write(folder / f"{name}_{split}.json") as file:
-            file.write(json.dumps(scores.to_dict(), indent=2).encode() + b"\n")
+        if processes().is_main_process:
+            with atomic_write(folder / f"{name}_{split}.json") as file:
+                file.write(json.dumps(scores.to_dict(), indent=2).encode() + b"\n")
         return scores
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeEvaluator(Evaluator):
-    """Shapes under the protocols named; more `repeats` of the sampling give the spread."""
+    """Shapes under the protocols named; more `repeats` of the sampling give the spread.
+
+    ceiling: whether truths are scored against themselves too. workers: processes that score while the model predicts.
+    timeout: seconds after which the scoring of an item is given up; it takes a worker to end.
+    """
 
     protocols: list[str] = field(default_factory=lambda: ["default"])
     repeats: int = 2
+    ceiling: bool = True
+    workers: int = 0
+    timeout: float | None = None
 
     def __post_init__(self) -> None:
         for name in self.protocols:
             check_choice("protocol", name, PROTOCOLS)
+        if self.workers < 0:
+            raise ValueError(f"workers must be at least 0, got {self.workers}")
+        if self.timeout is not None and not (self.timeout > 0 and self.workers):
+            raise ValueError(
+                f"timeout must be above 0 and takes workers, got {self.timeout} and {self.workers} workers"
+            )
 
     @property
     def names(self) -> Sequence[str]:
@@ -92,5 +108,11 @@ class ShapeEvaluator(Evaluator):
     def score(
         self, name: str, batches: Batches, predict: Predict, out: Path, *, seed: int, about: Mapping[str, Any]
     ) -> Summary:
-        """As `evaluate` of metrics; items scored before are not scored again."""
-        return evaluate(batches, predict, PROTOCOLS[name], out=out, seed=seed, repeats=self.repeats, about=about)
+        """As `evaluate` of metrics, by all processes there are; items scored before are not scored again."""
+        settings: dict[str, Any] = {"seed": seed, "repeats": self.repeats, "about": about, "ceiling": self.ceiling}
+        settings |= {"workers": self.workers, "timeout": self.timeout}
+        if processes().num_processes == 1:
+            return evaluate(batches, predict, PROTOCOLS[name], out=out, **settings)
+        if not isinstance(batches, Sequence):
+            raise ValueError("several processes divide a Sequence of batches, such as `Experiment.batches` gives")
+        return evaluate_distributed(batches, predict, PROTOCOLS[name], out=out, **settings)

@@ -1,5 +1,6 @@
 """One image in, one shape out: a backbone and a head."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,19 @@ from vision3dgen.structures import Camera, Frame, GridSpec
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+POINTS_AT_ONCE = 1 << 15  # at which an occupancy is asked for
+
+
+def _member(raw: Any, index: int, size: int) -> tuple[Any, int]:
+    """One member of a head's prediction as a batch of one, where it can be taken out, else all of it; and the size.
+
+    A tensor is cut along its first dimension; a field of its own class gives `raw[index]`, as `OccupancyField` does.
+    """
+    if isinstance(raw, Tensor):
+        return raw[index : index + 1], 1
+    if hasattr(type(raw), "__getitem__") and not isinstance(raw, dict | list | tuple):
+        return raw[index], 1
+    return raw, size
 
 
 class SingleView(nn.Module):
@@ -59,6 +73,21 @@ class SingleView(nn.Module):
         return measured
 
     @torch.no_grad()
+    def _occupancy_of(
+        self, raw: Any, batch: dict[str, Any], index: int, size: int, points: Float[Tensor, "N 3"]
+    ) -> Float[Tensor, " N"]:
+        """Probabilities of one member of a batch, on the points' device; a part at a time, for the memory."""
+        member, size = _member(raw, index, size)
+        keys = ("frame", "camera") if self.head.frame == "camera" else ()
+        own = {key: batch[key] if size > 1 else batch[key][index : index + 1] for key in keys}
+        device = next(self.parameters()).device
+        chunks = [
+            self._occupancy(member, chunk.to(device).expand(size, -1, -1), own)[min(index, size - 1)]
+            for chunk in points.split(POINTS_AT_ONCE)
+        ]
+        return torch.cat(chunks).to(points.device)
+
+    @torch.no_grad()
     def predict(self, batch: dict[str, Any]) -> list[Prediction]:
         """What the evaluator and the viewer take: one prediction per image, in the head's frame."""
         raw = self._see(batch)
@@ -74,6 +103,7 @@ class SingleView(nn.Module):
             Prediction(
                 shape=shapes[index],
                 voxels=voxels[index],
+                occupancy=None if self.head.threshold is None else partial(self._occupancy_of, raw, batch, index, size),
                 frame=Frame("camera") if self.head.frame == "camera" else batch["frame"][index],
                 maps={name: values[index] for name, values in maps.items()},
             )
