@@ -69,7 +69,9 @@ class Autoregressive(nn.Module, ABC):
     def log_prob(self, images: Float[Tensor, "B C H W"], cond: Int[Tensor, " B"] | None = None) -> Float[Tensor, " B"]:
         """The exact log likelihood of each image in nats; ValueError for pixels that are at none of the levels."""
         values = to_values(images, self.likelihood.levels)
-        return self.likelihood.log_prob(self(images, cond).float(), values).sum((1, 2))
+        outputs = self(images, cond)
+        outputs = outputs.float() if outputs.dtype.itemsize < 4 else outputs
+        return self.likelihood.log_prob(outputs, values).sum((1, 2))
 
     def loss(self, batch: Mapping[str, Any], part: str = "model") -> dict[str, Tensor]:
         """Bits per dimension, mean over the batch, and the nats of an image for the log."""
@@ -103,8 +105,8 @@ class Autoregressive(nn.Module, ABC):
     # --------------------------------------------------------------------------------------------------- sampling
 
     def sample(
-        self, n: int, *, cond: Int[Tensor, " B"] | int | None = None, image: Float[Tensor, "*_ H W"] | None = None,
-        mask: Bool[Tensor, "*_ H W"] | None = None, temperature: float = 1.0,
+        self, n: int, *, cond: Int[Tensor, " B"] | int | None = None, image: Float[Tensor, "..."] | None = None,
+        mask: Bool[Tensor, "..."] | None = None, temperature: float = 1.0,
         generator: torch.Generator | None = None, method: str = "cached", batch_size: int | None = None,
     ) -> Float[Tensor, "n C H W"]:  # fmt: skip
         """`sampling.sample` of this model."""

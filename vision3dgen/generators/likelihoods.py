@@ -104,7 +104,7 @@ class LogisticMixture(Likelihood):
 
     def log_prob(self, outputs: Float[Tensor, "B P H W"], values: Int[Tensor, "B C H W"]) -> Float[Tensor, "B H W"]:
         logits, means, log_scales, coefficients = self._split(outputs)
-        x = self._centered(values)
+        x = self._centered(values.to(outputs.dtype))
         total = logits.log_softmax(1)
         for channel in range(self.channels):
             mean = self._mean(means, coefficients, x, channel)

@@ -72,25 +72,48 @@ class PixelCNN(Autoregressive):
         return self.head(y, cache)
 
 
-class GatedLayer(nn.Module):
-    """A layer of both stacks: gates tanh(f) * sigmoid(g), the vertical one feeding the horizontal one.
+class VerticalLayer(nn.Module):
+    """A gate over the rows above: (new map, what the horizontal gate of this layer is given).
 
-    The first layer reads the image: its horizontal kernel sees the pixels before its own, and it has no residual.
+    The stack reads the image a row below, so that a map's own row is of the rows above; `first` reads the image itself.
     """
 
-    def __init__(self, inputs: int, channels: int, kernel_size: int, groups: int, classes: int | None, *, first: bool):
+    def __init__(self, inputs: int, channels: int, kernel_size: int, classes: int | None, *, first: bool = False):
         super().__init__()
         half = square(kernel_size).left
-        # The vertical stack reads the image a row below, so that its own row is one of those above.
-        self.vertical = CausalConv2d(inputs, 2 * channels, Reach(half - first, half, half), None)
+        self.gates = CausalConv2d(inputs, 2 * channels, Reach(half - first, half, half), None)
         self.link = CausalConv2d(2 * channels, 2 * channels, mask=None)
-        self.horizontal = CausalConv2d(
-            inputs, 2 * channels, Reach(0, half, 0), "A" if first else "B", groups=groups, gates=2
-        )
+        self.condition = ClassBias(classes, 2 * channels)
+
+    def forward(
+        self, x: Float[Tensor, "B C N W"], cond: Int[Tensor, " B"] | None, cache: Cache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        gates = self.gates(x, cache)
+        return gated_tanh(gates + self.condition(cond)), self.link(gates, cache)
+
+
+class HorizontalLayer(nn.Module):
+    """A gate over the pixels to the left and the link from above: (new map, skip to the head).
+
+    `first` reads the image itself: it sees the pixels before its own, and has no residual.
+    """
+
+    def __init__(
+        self, inputs: int, channels: int, kernel_size: int, groups: int, classes: int | None, *, first: bool = False
+    ):
+        super().__init__()
+        reach = Reach(0, square(kernel_size).left, 0)
+        self.gates = CausalConv2d(inputs, 2 * channels, reach, "A" if first else "B", groups=groups, gates=2)
         self.residual = None if first else CausalConv2d(channels, channels, groups=groups)
         self.skip = CausalConv2d(channels, channels, groups=groups)
-        self.vertical_condition = ClassBias(classes, 2 * channels)
-        self.horizontal_condition = ClassBias(classes, 2 * channels)
+        self.condition = ClassBias(classes, 2 * channels)
+
+    def forward(
+        self, x: Float[Tensor, "B C N W"], link: Float[Tensor, "B G N W"], cond: Int[Tensor, " B"] | None,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        out = gated_tanh(self.gates(x, cache) + link + self.condition(cond))
+        return out if self.residual is None else x + self.residual(out, cache), self.skip(out, cache)
 
 
 class GatedPixelCNN(Autoregressive):
@@ -109,9 +132,13 @@ class GatedPixelCNN(Autoregressive):
         likelihood = Categorical(image_shape[0], levels)
         super().__init__(image_shape, likelihood, classes)
         groups = likelihood.channels
-        self.layers = nn.ModuleList(
-            [GatedLayer(groups, channels, 7, groups, classes, first=True)]
-            + [GatedLayer(channels, channels, kernel_size, groups, classes, first=False) for _ in range(layers)]
+        self.vertical_layers = nn.ModuleList(
+            [VerticalLayer(groups, channels, 7, classes, first=True)]
+            + [VerticalLayer(channels, channels, kernel_size, classes) for _ in range(layers)]
+        )
+        self.horizontal_layers = nn.ModuleList(
+            [HorizontalLayer(groups, channels, 7, groups, classes, first=True)]
+            + [HorizontalLayer(channels, channels, kernel_size, groups, classes) for _ in range(layers)]
         )
         self.head = Head(channels, head_channels, likelihood)
 
@@ -119,21 +146,18 @@ class GatedPixelCNN(Autoregressive):
         self, above: Float[Tensor, "B C N W"], cond: Int[Tensor, " B"] | None, cache: Cache | None = None
     ) -> list[Tensor]:
         """What each layer's horizontal gate is given."""
-        links, v = [], above
-        for layer in self.layers:
-            gates = layer.vertical(v, cache)
-            links.append(layer.link(gates, cache) + layer.horizontal_condition(cond))
-            v = gated_tanh(gates + layer.vertical_condition(cond))
+        links, x = [], above
+        for layer in self.vertical_layers:
+            x, link = layer(x, cond, cache)
+            links.append(link)
         return links
 
     def horizontal(
         self, x: Float[Tensor, "B C N W"], rows: Sequence[Any], cond: Int[Tensor, " B"] | None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "B P N W"]:  # fmt: skip
-        h, total = x, None
-        for layer, link in zip(self.layers, rows):
-            out = gated_tanh(layer.horizontal(h, cache) + here(link, cache))
-            h = out if layer.residual is None else h + layer.residual(out, cache)
-            skip = layer.skip(out, cache)
-            total = skip if total is None else total + skip
+        total: Any = 0
+        for layer, link in zip(self.horizontal_layers, rows):
+            x, skip = layer(x, here(link, cache), cond, cache)
+            total = total + skip
         return self.head(total, cache)

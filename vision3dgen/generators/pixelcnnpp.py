@@ -72,23 +72,54 @@ class GatedResNet(nn.Module):
 
 
 class Scale(nn.Module):
-    """One resolution of both streams: blocks on the way down, and on the way up with what was there on the way down."""
+    """One resolution of a stream, and inside of it the coarser ones: blocks down, blocks up with what was there before.
 
-    def __init__(self, channels: int, blocks: int, dropout: float, classes: int | None, *, last: bool):
+    reach: of the kernels. follows: whether each block is given the map that the other stream has at its place.
+    """
+
+    def __init__(
+        self, channels: int, blocks: int, reach: Reach, dropout: float, classes: int | None, *, follows: bool,
+        inner: "nn.Module | None",
+    ):  # fmt: skip
         super().__init__()
-        c = channels
+        other = channels if follows else 0
+        ups = blocks if inner is None else blocks + 1  # all maps but the last, which it starts from, or all
+        self.down = nn.ModuleList(GatedResNet(channels, reach, other, dropout, classes) for _ in range(blocks))
+        self.up = nn.ModuleList(GatedResNet(channels, reach, channels + other, dropout, classes) for _ in range(ups))
+        self.inner = inner
+        if inner is not None:
+            self.shrink = CausalConv2d(channels, channels, reach, "B" if reach.right == 0 else None, stride=2)
+            self.grow = CausalUpsample2d(channels, channels)
 
-        def stack(count: int, reach: Reach, others: int) -> nn.ModuleList:
-            return nn.ModuleList(GatedResNet(c, reach, others, dropout, classes) for _ in range(count))
+    def forward(
+        self, x: Float[Tensor, "B C H W"], others: Sequence[Any], cond: Int[Tensor, " B"] | None, cache: Cache | None
+    ) -> tuple[Tensor, list[Any]]:
+        """The map, and of each scale (maps of the blocks down, up), what the other stream takes as `others`.
 
-        self.rows_down, self.pixels_down = stack(blocks, ROWS, 0), stack(blocks, PIXELS, c)
-        ups = blocks + (not last)  # finer scales also meet what they had before the first block
-        self.rows_up, self.pixels_up = stack(ups, ROWS, c), stack(ups, PIXELS, 2 * c)
-        self.last = last
-        if not last:
-            self.rows_shrink = CausalConv2d(c, c, ROWS, None, stride=2)
-            self.pixels_shrink = CausalConv2d(c, c, PIXELS, stride=2)
-            self.rows_grow, self.pixels_grow = CausalUpsample2d(c, c), CausalUpsample2d(c, c)
+        Scales that a cache has nothing for, between their rows or columns, are left out.
+        """
+        down, up = [x], []
+        downward, upward = others[0] if others else ([None] * len(self.down), [None] * len(self.up))
+        for block, other in zip(self.down, downward):
+            down.append(block(down[-1], None if other is None else here(other, cache), cond, cache))
+        y, skips, coarser_maps = down[-1], down[:-1], []
+        if self.inner is not None:
+            coarse = self.shrink(y, cache)
+            if coarse is not None:
+                coarser = None if cache is None else cache.coarser()
+                coarse, coarser_maps = self.inner(coarse, others[1:], cond, coarser)
+            y, skips = self.grow(coarse, (x.shape[2], x.shape[3]), cache), down[:]
+        for block, other in zip(self.up, upward):
+            skip = skips.pop()
+            y = block(y, skip if other is None else torch.cat([here(other, cache), skip], 1), cond, cache)
+            up.append(y)
+        return y, [(down[1:], up), *coarser_maps]
+
+
+def nested(scales: int, *arguments: Any, follows: bool) -> Scale:
+    """Scales inside of one another; `arguments` are those of each."""
+    inner = nested(scales - 1, *arguments, follows=follows) if scales > 1 else None
+    return Scale(*arguments, follows=follows, inner=inner)
 
 
 class PixelCNNpp(Autoregressive):
@@ -114,39 +145,18 @@ class PixelCNNpp(Autoregressive):
         self.from_rows = CausalConv2d(inputs, channels, ROWS, None)
         self.from_row_above = CausalConv2d(inputs, channels, Reach(0, 1, 1), None)
         self.from_left = CausalConv2d(inputs, channels, Reach(1, 1, 0), "A")
-        self.scales = nn.ModuleList(
-            Scale(channels, blocks, dropout, classes, last=number == scales - 1) for number in range(scales)
-        )
+        self.rows = nested(scales, channels, blocks, ROWS, dropout, classes, follows=False)
+        self.pixels = nested(scales, channels, blocks, PIXELS, dropout, classes, follows=True)
         self.out = CausalConv2d(channels, likelihood.outputs, mask=None)
         normalized(self)
 
     def vertical(
         self, above: Float[Tensor, "B C N W"], cond: Int[Tensor, " B"] | None, cache: Cache | None = None
     ) -> list[Any]:
-        """For each scale the maps of its blocks, down and up; before them what starts the other stream."""
+        """What starts the other stream, and for each scale the maps of the blocks, down and up."""
         above = _with_ones(above, first=cache is None or cache.row == 0)
-        maps: list[Any] = [None] * len(self.scales)
-        self._rows(0, self.from_rows(above, cache), maps, cond, cache)
+        _, maps = self.rows(self.from_rows(above, cache), [], cond, cache)
         return [self.from_row_above(above, cache), *maps]
-
-    def _rows(self, number: int, x: Tensor, maps: list[Any], cond: Tensor | None, cache: Cache | None) -> Tensor:
-        scale = self.scales[number]
-        down = [x]
-        for block in scale.rows_down:
-            down.append(block(down[-1], None, cond, cache))
-        y, size, skips = down[-1], (x.shape[2], x.shape[3]), down[:-1]
-        if not scale.last:
-            coarse = scale.rows_shrink(y, cache)
-            if coarse is not None:
-                coarser = None if cache is None else cache.coarser()
-                coarse = self._rows(number + 1, coarse, maps, cond, coarser)
-            y, skips = scale.rows_grow(coarse, size, cache), list(down)
-        up = []
-        for block in scale.rows_up:
-            y = block(y, skips.pop(), cond, cache)
-            up.append(y)
-        maps[number] = (down[1:], up)
-        return y
 
     def horizontal(
         self, x: Float[Tensor, "B C N W"], rows: Sequence[Any], cond: Int[Tensor, " B"] | None,
@@ -154,23 +164,8 @@ class PixelCNNpp(Autoregressive):
     ) -> Float[Tensor, "B P N W"]:  # fmt: skip
         start, *maps = rows
         y = here(start, cache) + self.from_left(_with_ones(x, first=False), cache)
-        return self.out(F.elu(self._pixels(0, y, maps, cond, cache)), cache)
-
-    def _pixels(self, number: int, x: Tensor, maps: Sequence[Any], cond: Tensor | None, cache: Cache | None) -> Tensor:
-        scale, (rows_down, rows_up) = self.scales[number], maps[number]
-        down = [x]
-        for block, other in zip(scale.pixels_down, rows_down):
-            down.append(block(down[-1], here(other, cache), cond, cache))
-        y, size, skips = down[-1], (x.shape[2], x.shape[3]), down[:-1]
-        if not scale.last:
-            coarse = scale.pixels_shrink(y, cache)
-            if coarse is not None:
-                coarser = None if cache is None else cache.coarser()
-                coarse = self._pixels(number + 1, coarse, maps, cond, coarser)
-            y, skips = scale.pixels_grow(coarse, size, cache), list(down)
-        for block, other in zip(scale.pixels_up, rows_up):
-            y = block(y, torch.cat([here(other, cache), skips.pop()], 1), cond, cache)
-        return y
+        y, _ = self.pixels(y, maps, cond, cache)
+        return self.out(F.elu(y), cache)
 
     def observe(self, x: Float[Tensor, "B C 1 1"], cache: Cache) -> None:
         self.from_left.write(_with_ones(x, first=False), cache)

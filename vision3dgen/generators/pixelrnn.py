@@ -55,7 +55,7 @@ class RowLSTM(nn.Module):
     def __init__(self, inputs: int, hidden: int, kernel_size: int = 3, groups: int = 1):
         super().__init__()
         half = square(kernel_size).left
-        self.hidden, self.half = hidden, half
+        self.hidden, self.side = hidden, half
         self.input_to_state = CausalConv2d(inputs, 4 * hidden, Reach(0, half, 0), groups=groups, gates=4)
         self.state_to_state = nn.Conv1d(hidden, 4 * hidden, kernel_size, padding=half, bias=False)
         self.hidden_start = nn.Parameter(torch.zeros(hidden))

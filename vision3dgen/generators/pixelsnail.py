@@ -57,7 +57,7 @@ class PixelAttention(nn.Module):
     def observe(self, image: Float[Tensor, "B I 1 1"], cache: Cache) -> None:
         """Remember the pixel at hand."""
         state = cache.states[self]
-        state.memory.extend(*self._remember(state.features, image, cache))
+        state.memory.extend(*self._remember(state.features, image, None))
 
     def _remember(self, features: Tensor, image: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
         both = self.keys_and_values(self.mix(torch.cat([features, image], 1), None, None, cache), cache)
@@ -154,8 +154,9 @@ class PixelSNAIL(Autoregressive):
     def observe(self, x: Float[Tensor, "B C 1 1"], cache: Cache) -> None:
         image = self._placed(x, cache)
         self.from_left.write(image, cache)
-        for block in self.blocks:
-            block.attention.observe(image, cache)
+        for layer in cache.states:
+            if isinstance(layer, PixelAttention):
+                layer.observe(image, cache)
 
     def _placed(self, x: Tensor, cache: Cache | None) -> Tensor:
         """x with ones and with where it is in the image."""

@@ -24,7 +24,7 @@ METHODS = ("cached", "naive", "graph")
 
 def sample(
     model: Autoregressive, n: int, *, cond: Int[Tensor, " B"] | int | None = None,
-    image: Float[Tensor, "*_ H W"] | None = None, mask: Bool[Tensor, "*_ H W"] | None = None, temperature: float = 1.0,
+    image: Float[Tensor, "..."] | None = None, mask: Bool[Tensor, "..."] | None = None, temperature: float = 1.0,
     generator: torch.Generator | None = None, method: str = "cached", batch_size: int | None = None,
 ) -> Float[Tensor, "n C H W"]:  # fmt: skip
     """n images in [0, 1] at the levels of the model's likelihood, on the model's device.
