@@ -78,12 +78,12 @@ class VerticalLayer(nn.Module):
     The stack reads the image a row below, so that a map's own row is of the rows above; `first` reads the image itself.
     """
 
-    def __init__(self, inputs: int, channels: int, kernel_size: int, classes: int | None, *, first: bool = False):
+    def __init__(self, inputs: int, channels: int, kernel_size: int, classes: int | None, *, first: bool, last: bool):
         super().__init__()
         half = square(kernel_size).left
         self.gates = CausalConv2d(inputs, 2 * channels, Reach(half - first, half, half), None)
         self.link = CausalConv2d(2 * channels, 2 * channels, mask=None)
-        self.condition = ClassBias(classes, 2 * channels)
+        self.condition = ClassBias(None if last else classes, 2 * channels)  # the last one's map goes nowhere
 
     def forward(
         self, x: Float[Tensor, "B C N W"], cond: Int[Tensor, " B"] | None, cache: Cache | None = None
@@ -95,16 +95,18 @@ class VerticalLayer(nn.Module):
 class HorizontalLayer(nn.Module):
     """A gate over the pixels to the left and the link from above: (new map, skip to the head).
 
-    `first` reads the image itself: it sees the pixels before its own, and has no residual.
+    `first` reads the image itself: it sees the pixels before its own, and has no residual. Nor has the `last` one, from
+    which only the skip goes on.
     """
 
     def __init__(
-        self, inputs: int, channels: int, kernel_size: int, groups: int, classes: int | None, *, first: bool = False
-    ):
+        self, inputs: int, channels: int, kernel_size: int, groups: int, classes: int | None, *, first: bool,
+        last: bool,
+    ):  # fmt: skip
         super().__init__()
         reach = Reach(0, square(kernel_size).left, 0)
         self.gates = CausalConv2d(inputs, 2 * channels, reach, "A" if first else "B", groups=groups, gates=2)
-        self.residual = None if first else CausalConv2d(channels, channels, groups=groups)
+        self.residual = None if first or last else CausalConv2d(channels, channels, groups=groups)
         self.skip = CausalConv2d(channels, channels, groups=groups)
         self.condition = ClassBias(classes, 2 * channels)
 
@@ -132,13 +134,13 @@ class GatedPixelCNN(Autoregressive):
         likelihood = Categorical(image_shape[0], levels)
         super().__init__(image_shape, likelihood, classes)
         groups = likelihood.channels
+        sizes = [(groups, 7), *[(channels, kernel_size)] * layers]
+        ends = [{"first": i == 0, "last": i == layers} for i in range(layers + 1)]
         self.vertical_layers = nn.ModuleList(
-            [VerticalLayer(groups, channels, 7, classes, first=True)]
-            + [VerticalLayer(channels, channels, kernel_size, classes) for _ in range(layers)]
+            VerticalLayer(inputs, channels, size, classes, **end) for (inputs, size), end in zip(sizes, ends)
         )
         self.horizontal_layers = nn.ModuleList(
-            [HorizontalLayer(groups, channels, 7, groups, classes, first=True)]
-            + [HorizontalLayer(channels, channels, kernel_size, groups, classes) for _ in range(layers)]
+            HorizontalLayer(inputs, channels, size, groups, classes, **end) for (inputs, size), end in zip(sizes, ends)
         )
         self.head = Head(channels, head_channels, likelihood)
 
