@@ -91,13 +91,13 @@ def center_mask(kind: str, inputs: int, outputs: int, groups: int = 1, gates: in
 
 @dataclass
 class _Seen:
-    """The last rows of a layer's input, and as much as there is of the next one."""
+    """The last rows of a layer's input, and as much as there is of the next one, laid out for one product a pixel."""
 
     history: Tensor  # (B, I, above, W)
-    current: Tensor  # (B, I, left + W), zeros before the first column
-    above: Tensor  # (B, O, W / stride), what `history` contributes to the row at hand
+    current: Tensor  # (B, (left + W) * I), place after place, zeros before the first column
+    above: Tensor  # (W / stride, B, O), what `history` contributes to the row at hand
     upper: Tensor  # weights of the rows above
-    lower: Tensor  # (O, I * (left + 1)), weights of its own row
+    lower: Tensor  # ((left + 1) * I, O), weights of its own row
     row: int | None = None  # the row at hand, None if `history` ends just above it
 
 
@@ -154,44 +154,49 @@ class CausalConv2d(nn.Module):
     def write(self, x: Float[Tensor, "B I 1 1"], cache: Cache) -> None:
         """Replace the input of the pixel at hand, which was not known when the layer was called."""
         assert cache.column is not None
-        cache.states[self].current[:, :, self.reach.left + cache.column] = x[:, :, 0, 0]
+        self._put(x, cache.states[self], cache.column)
 
     def _convolve(self, rows: Tensor) -> Tensor:
         rows = F.pad(rows, (self.reach.left, self.reach.right)) if self.reach.left or self.reach.right else rows
         return F.conv2d(rows, self.masked_weight(), self.bias, self.stride)
 
     def _start(self, x: Tensor, width: int) -> _Seen:
-        weight, reach, size = self.masked_weight(), self.reach, -(-width // self.stride)
+        weight, reach = self.masked_weight(), self.reach
+        batch, inputs, size = len(x), x.shape[1], -(-width // self.stride)
         return _Seen(
-            history=x.new_zeros(len(x), x.shape[1], reach.above, width),
-            current=x.new_zeros(len(x), x.shape[1], reach.left + width),
-            above=self.bias[:, None].expand(len(x), -1, size).clone(),
+            history=x.new_zeros(batch, inputs, reach.above, width),
+            current=x.new_zeros(batch, (reach.left + width) * inputs),
+            above=self.bias.expand(size, batch, -1).clone(),
             upper=weight[:, :, : reach.above].contiguous(),
-            lower=weight[:, :, -1, : reach.left + 1].flatten(1).contiguous(),
+            lower=weight[:, :, -1, : reach.left + 1].permute(2, 1, 0).flatten(0, 1).contiguous(),
         )
+
+    def _put(self, x: Tensor, state: _Seen, column: int) -> None:
+        inputs = x.shape[1]
+        state.current.narrow(1, (self.reach.left + column) * inputs, inputs).copy_(x.flatten(1))
 
     def _finish(self, state: _Seen) -> None:
         """Count the row at hand among those above."""
         if state.row is not None and self.reach.above:
-            row = state.current[:, :, None, self.reach.left :]
-            state.history.copy_(torch.cat([state.history[:, :, 1:], row], 2))
+            row = state.current.unflatten(1, (-1, state.history.shape[1]))[:, self.reach.left :]  # (B, W, I)
+            state.history.copy_(torch.cat([state.history[:, :, 1:], row.transpose(1, 2)[:, :, None]], 2))
         state.row = None
 
     def _pixel(self, x: Tensor, state: _Seen, row: int, column: int) -> Tensor | None:
+        batch, inputs = x.shape[:2]
         if self.reach == POINT and self.stride == 1:
-            return F.linear(x[:, :, 0, 0], state.lower, self.bias)[:, :, None, None]
+            return torch.addmm(self.bias, x.flatten(1), state.lower).view(batch, -1, 1, 1)
         if state.row != row:
             self._finish(state)
             state.row = row
             if self.reach.above and row % self.stride == 0:
                 rows = F.pad(state.history, (self.reach.left, self.reach.right))
-                state.above.copy_(F.conv2d(rows, state.upper, self.bias, self.stride)[:, :, 0])
-        state.current[:, :, self.reach.left + column] = x[:, :, 0, 0]
+                state.above.copy_(F.conv2d(rows, state.upper, self.bias, self.stride)[:, :, 0].permute(2, 0, 1))
+        self._put(x, state, column)
         if row % self.stride or column % self.stride:
             return None
-        window = state.current[:, :, column : column + self.reach.left + 1].flatten(1)  # (B, I * (left + 1))
-        out = F.linear(window, state.lower) + state.above[:, :, column // self.stride]
-        return out[:, :, None, None]
+        window = state.current.narrow(1, column * inputs, (self.reach.left + 1) * inputs)
+        return torch.addmm(state.above[column // self.stride], window, state.lower).view(batch, -1, 1, 1)
 
     def extra_repr(self) -> str:
         outputs, inputs = self.weight.shape[:2]

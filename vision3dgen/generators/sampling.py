@@ -56,7 +56,7 @@ def sample(
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), parametrize.cached():
+        with torch.inference_mode(), parametrize.cached():
             parts = [
                 _Sampling(
                     model,
@@ -153,13 +153,14 @@ class _Sampling:
         """Decide the pixels of a row, changing `values` (B, C, W) in place; `above` is the row above in [-1, 1]."""
         model = self.model
         rows = model.vertical(above, self.cond, cache)
+        given = self._centered(values[:, :, None])
         for column in range(self.width):
-            place = cache.at(cache.row, column)
+            place, x = cache.at(cache.row, column), given[..., column : column + 1]
             for step in range(model.likelihood.steps):
-                x = self._centered(values[:, :, None, column : column + 1])
                 outputs = model.horizontal(x, rows, self.cond, place)
                 self._decide(outputs[:, :, 0, 0], values, known, uniforms, column, step)
-            model.observe(self._centered(values[:, :, None, column : column + 1]), place)
+                x = self._centered(values[:, :, None, column : column + 1])
+            model.observe(x, place)
 
     def _decide(self, outputs: Tensor, values: Tensor, known: Tensor, uniforms: Tensor, column: int, step: int) -> None:
         now = values[:, :, column]
