@@ -1,5 +1,6 @@
 """What all autoregressive models of images share: exact likelihoods, training, and sampling."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -89,15 +90,11 @@ class Autoregressive(nn.Module, ABC):
         """`log_prob` of a batch's images, of their labels if the model has classes."""
         return self._log_prob(batch)
 
-    def expected_initial_loss(self, batch: Mapping[str, Any]) -> float:
-        """The bits of a level if all are equally probable."""
-        return float(torch.tensor(float(self.likelihood.levels)).log2())
-
     @property
     def _bits(self) -> float:
         """Bits per dimension of a nat per image."""
         channels, height, width = self.image_shape
-        return 1 / (channels * height * width * 0.6931471805599453)
+        return 1 / (channels * height * width * math.log(2))
 
     def _log_prob(self, batch: Mapping[str, Any]) -> Tensor:
         return self.log_prob(batch["image"], batch["label"] if self.classes is not None else None)

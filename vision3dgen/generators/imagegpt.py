@@ -1,6 +1,7 @@
 """ImageGPT: a transformer decoder over the values of an image, one after another."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +82,10 @@ class ImageGPT(Autoregressive):
 
     def observe(self, x: Float[Tensor, "B C 1 1"], cache: Cache) -> None:
         cache.states[self].last = self._tokens(x)[:, -1]
+
+    def expected_initial_loss(self, batch: Mapping[str, Any]) -> float:
+        """The bits of a level if all are equally probable, which they are as the last layer starts at 0."""
+        return math.log2(self.levels)
 
     def _tokens(self, x: Float[Tensor, "B C N W"]) -> Int[Tensor, "B T"]:
         """Numbers of the values in the order they are read, those of each channel apart."""
