@@ -400,3 +400,80 @@ def hinge(scores, labels, margin):
                 gradient[i, label] -= 1
         losses.append(total)
     return torch.tensor(losses, dtype=scores.dtype), gradient
+
+
+def logistic_mixture(parameters, values, levels, mixtures):
+    """The probability of a pixel of three channels, from the cumulative distributions at the ends of each bin."""
+
+    def sigmoid(z):
+        return 1 / (1 + math.exp(-z)) if z > 0 else math.exp(z) / (1 + math.exp(z))
+
+    logits = parameters[:mixtures]
+    means, log_scales, coefficients = (
+        [parameters[mixtures * (start + c) : mixtures * (start + c + 1)] for c in range(3)] for start in (1, 4, 7)
+    )
+    x = [2 * v / (levels - 1) - 1 for v in values]
+    total = 0.0
+    for k in range(mixtures):
+        red_green, red_blue, green_blue = (math.tanh(coefficients[pair][k]) for pair in range(3))
+        centers = [
+            means[0][k],
+            means[1][k] + red_green * x[0],
+            means[2][k] + red_blue * x[0] + green_blue * x[1],
+        ]
+        p = math.exp(logits[k]) / sum(math.exp(logit) for logit in logits)
+        for c in range(3):
+            scale = math.exp(max(log_scales[c][k], -7))
+            high = 1.0 if values[c] == levels - 1 else sigmoid((x[c] + 1 / (levels - 1) - centers[c]) / scale)
+            low = 0.0 if values[c] == 0 else sigmoid((x[c] - 1 / (levels - 1) - centers[c]) / scale)
+            p *= high - low
+        total += p
+    return total
+
+
+def lstm(gates, cell):
+    """One step of an LSTM on vectors: gates input, forget, output, candidate."""
+    i, f, o, g = gates.chunk(4)
+    cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+    return o.sigmoid() * cell.tanh(), cell
+
+
+def row_lstm(layer, x):
+    """A Row LSTM at one place after another, zeros outside of the image."""
+    weight, bias = layer.input_to_state.masked_weight(), layer.input_to_state.bias
+    above, half = layer.state_to_state.weight, layer.side
+    out = torch.zeros(1, layer.hidden, *x.shape[2:], dtype=x.dtype)
+    cells = torch.zeros_like(out)
+    for row in range(x.shape[2]):
+        for column in range(x.shape[3]):
+            gates = bias.clone()
+            for offset in range(-half, half + 1):
+                place = column + offset
+                if not 0 <= place < x.shape[3]:
+                    continue
+                if offset <= 0:
+                    gates = gates + weight[:, :, 0, half + offset] @ x[0, :, row, place]
+                hidden = out[0, :, row - 1, place] if row else layer.hidden_start
+                gates = gates + above[:, :, half + offset] @ hidden
+            cell = cells[0, :, row - 1, column] if row else layer.cell_start
+            out[0, :, row, column], cells[0, :, row, column] = lstm(gates, cell)
+    return out
+
+
+def diagonal_bilstm(layer, x):
+    """Both directions of a Diagonal BiLSTM at one place after another; the second is added one row below."""
+    total = torch.zeros(1, layer.left_to_right.hidden, *x.shape[2:], dtype=x.dtype)
+    height, width = x.shape[2:]
+    for number, part in enumerate((layer.left_to_right, layer.right_to_left)):
+        weight, bias = part.input_to_state.masked_weight()[:, :, 0, 0], part.input_to_state.bias
+        zero = torch.zeros(part.hidden, dtype=x.dtype)
+        hidden, cells = {}, {}
+        for row in range(height):
+            for column in range(width) if number == 0 else reversed(range(width)):
+                side = (row, column - 1 if number == 0 else column + 1)
+                before = torch.cat([hidden.get(side, zero), hidden.get((row - 1, column), zero)])
+                gates = weight @ x[0, :, row, column] + bias + part.state_to_state.weight @ before
+                hidden[row, column], cells[row, column] = lstm(gates, cells.get(side, zero))
+                if row + number < height:
+                    total[0, :, row + number, column] += hidden[row, column]
+    return total

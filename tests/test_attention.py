@@ -9,6 +9,7 @@ from torch import nn
 from tests.naive import attention as naive_attention
 from vision3dgen.layers import (
     ATTENTIONS,
+    KeyValueCache,
     LearnedPositions,
     MultiHeadAttention,
     SelfAttention2d,
@@ -278,3 +279,17 @@ def test_heads_must_divide_channels():
         MultiHeadAttention(7, 2)
     with pytest.raises(ValueError, match=r"unknown activation 'gelo' \(did you mean 'gelu'"):
         TransformerBlock(6, 2, activation="gelo")
+
+
+@pytest.mark.parametrize("pre_norm", [True, False])
+def test_a_block_with_a_past_is_the_block_on_everything(pre_norm):
+    torch.manual_seed(0)
+    block = TransformerBlock(6, 2, pre_norm=pre_norm).eval()
+    x = torch.randn(3, 7, 6)
+    whole = block(x, causal=True)
+    past = KeyValueCache(7)
+    parts = [block(piece, causal=True, past=past) for piece in x.split([1, 3, 1, 2], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+    assert past.length == 7
+    with pytest.raises(ValueError, match="room for 7 positions, got 8"):
+        block(x[:, :1], past=past)

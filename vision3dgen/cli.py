@@ -95,6 +95,17 @@ def _parser() -> argparse.ArgumentParser:
     view.add_argument("--out", type=Path, help="where pictures go without a display (default: RUN/view)")
     _device(view)
 
+    sample = _command(
+        commands, "sample", _sample, "draw from a trained generator", "vision3dgen sample runs/x --n 64 --out samples"
+    )
+    sample.add_argument("run_folder", type=Path, metavar="RUN")
+    sample.add_argument("--n", type=int, default=64, help="how many (default: 64)")
+    sample.add_argument("--out", type=Path, help="folder for samples.npz and samples.png (default: RUN/samples)")
+    sample.add_argument("--class", type=int, nargs="+", default=[], dest="classes", help="classes, taken in turn")
+    sample.add_argument("--temperature", type=float, help="below 1 for more probable samples, above 1 for more varied")
+    sample.add_argument("--seed", type=int, default=0, help="default: 0")
+    _device(sample)
+
     doctor = _command(
         commands, "doctor", _doctor, "check the machine, a data folder, or an experiment before it runs",
         "vision3dgen doctor configs/X.yaml --preset tiny --out runs/doctor",
@@ -253,6 +264,22 @@ def _view(options: argparse.Namespace) -> int:
         options.items, options.out or options.run_folder / "view", device=_chosen(options.device)
     )
     print(shown)
+    return 0
+
+
+def _sample(options: argparse.Namespace) -> int:
+    from vision3dgen.experiment import Run
+
+    written = Run.open(options.run_folder).sample(
+        options.n,
+        options.out or options.run_folder / "samples",
+        classes=options.classes,
+        temperature=options.temperature,
+        seed=options.seed,
+        device=_chosen(options.device),
+    )
+    for path in written:
+        print(path)
     return 0
 
 

@@ -5,6 +5,7 @@ RUN/environment.json     versions, device and command of the last start
 RUN/metrics.jsonl        losses and validation metrics by step
 RUN/checkpoints/         newest and best
 RUN/evaluation/          NAME_SPLIT.jsonl (a line per item) and NAME_SPLIT.json (the summary)
+RUN/samples/             of a generator: samples.npz, and samples.png of images
 """
 
 import inspect
@@ -30,12 +31,13 @@ from vision3dgen.datasets import AUGMENTATIONS, CATEGORIES, DATASETS, PREPARE, A
 from vision3dgen.engine import Data, Trainer, to_device
 from vision3dgen.engine.processes import processes
 from vision3dgen.files import atomic_write
+from vision3dgen.generators import GENERATORS
 from vision3dgen.heads import HEADS
-from vision3dgen.io import read_image, save_mesh
+from vision3dgen.io import read_image, save_mesh, save_npz
 from vision3dgen.metrics import EVALUATIONS, Evaluator, Prediction, Scores, ShapeEvaluator
 from vision3dgen.models import DECODERS, MODELS
 from vision3dgen.structures import Frame
-from vision3dgen.viz import Sample, Shown, show
+from vision3dgen.viz import Sample, Shown, image_grid, show
 
 PARTS: dict[str, Mapping[str, Callable[..., Any]]] = {  # sections of a model that are built first, in this order
     "trunk": BACKBONES,
@@ -174,7 +176,7 @@ class Experiment:
     def build_model(self) -> nn.Module:
         """The untrained model; the same weights for the same seed."""
         engine.seed_all(self.seed)
-        return build_parts(self.model, MODELS, where="model")
+        return build_parts(self.model, {**MODELS, **GENERATORS}, where="model")
 
     @staticmethod
     def batches(dataset: Any, batch_size: int) -> Iterator[dict[str, Any]]:
@@ -327,6 +329,34 @@ class Run:
         dataset = self.experiment.dataset(self.experiment.evaluation.split, fields=("image", "camera", "mesh"))
         predict = predictor(self.model(device), device)
         return show(samples(dataset, items, {self.folder.name: predict}), out)
+
+    def sample(
+        self, n: int, out: Path, *, classes: Sequence[int] = (), temperature: float | None = None, seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> list[Path]:  # fmt: skip
+        """n samples of a generator in `out`: samples.npz ("samples"), and a grid samples.png where they are images.
+
+        classes: given to the samples in turn. temperature: for generators that have one. Returns the files written.
+        """
+        model = self.model(device)
+        if not isinstance(model, tuple(GENERATORS.values())):
+            name = self.experiment.model["name"]
+            raise ConfigError(f"sample needs a run of a generator, one of {sorted(GENERATORS)}, got {name!r}")
+        if n < 1:
+            raise ConfigError(f"n must be at least 1, got {n}")
+        options: dict[str, Any] = {} if temperature is None else {"temperature": temperature}
+        if classes:
+            options["cond"] = torch.tensor([classes[i % len(classes)] for i in range(n)], device=device)
+        with torch.no_grad():
+            samples = model.sample(n, generator=torch.Generator().manual_seed(seed), **options).cpu()  # type: ignore[operator]
+        out.mkdir(parents=True, exist_ok=True)
+        written = [out / "samples.npz"]
+        save_npz(written[0], samples=samples.numpy())
+        if samples.ndim == 4 and samples.shape[1] in (1, 3):
+            written.append(out / "samples.png")
+            enlarged = max(64 // max(samples.shape[2:]), 1)
+            image_grid(samples.repeat_interleave(enlarged, 2).repeat_interleave(enlarged, 3), written[1])
+        return written
 
     def _require_shapes(self, command: str) -> ShapeEvaluator:
         evaluation = self.experiment.evaluation

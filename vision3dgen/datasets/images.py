@@ -192,11 +192,18 @@ FASHION = (
 )  # fmt: skip
 
 
+BINARIZATIONS = ("threshold", "dynamic", "static")
+
+
 class MNIST(_InMemory):
     """Handwritten digits, 1 x 28 x 28: root holds {train,t10k}-{images-idx3,labels-idx1}-ubyte, gzipped or not.
 
     Published parts: "train" (60,000) and "test" (10,000). pad: zeros around each picture, out of which it is cut at a
-    random place (give it to the training split only). For the rest see `Selection`.
+    random place (give it to the training split only). binarize: pixels 0 and 1, by "threshold" at one half, or drawn
+    with the gray value as the probability of 1, anew at each look ("dynamic", for training) or once and for all by
+    place and seed ("static"). Likelihoods under the three are not comparable. For the rest see `Selection`.
+    Source: Salakhutdinov and Murray 2008 (dynamic). Differs: the file of Larochelle and Murray 2011, the usual static
+    draw, is another one.
     """
 
     names: Sequence[str] = [str(digit) for digit in range(10)]
@@ -204,7 +211,11 @@ class MNIST(_InMemory):
     def __init__(
         self, root: str | os.PathLike[str], split: str, *, part: str | None = None,
         fractions: Mapping[str, float] | None = None, keep: Sequence[int] | None = None, seed: int = 0, pad: int = 0,
+        binarize: str | None = None,
     ):  # fmt: skip
+        if binarize is not None:
+            check_choice("binarize", binarize, BINARIZATIONS)
+        self.binarize, self.seed = binarize, seed
         selection = Selection(part, fractions, keep, seed)
         part = selection.part_of(split, list(_MNIST_FILES))
         prefix = _MNIST_FILES[part]
@@ -219,6 +230,19 @@ class MNIST(_InMemory):
             raise FileError(f"{image_path} has {len(pixels)} images, but {label_path} has {len(labels)} labels")
         _check_labels(label_path, labels, len(self.names))
         super().__init__(image_path, split, part, pixels[:, None], labels, self.names, selection, pad)
+
+    def _image(self, place: int) -> Float[Tensor, "C H W"]:
+        image = super()._image(place)
+        if self.binarize is None:
+            return image
+        if self.binarize == "threshold":
+            return (image >= 0.5).float()
+        own = (
+            None
+            if self.binarize == "dynamic"
+            else torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {place}".encode()))
+        )
+        return (torch.rand(image.shape, generator=own) < image).float()
 
 
 class FashionMNIST(MNIST):

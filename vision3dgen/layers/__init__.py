@@ -17,6 +17,7 @@ from vision3dgen.layers.arithmetic import receptive_field as receptive_field
 from vision3dgen.layers.arithmetic import receptive_field_table as receptive_field_table
 from vision3dgen.layers.arithmetic import unit_receptive_field as unit_receptive_field
 from vision3dgen.layers.attention import ATTENTIONS as ATTENTIONS
+from vision3dgen.layers.attention import KeyValueCache as KeyValueCache
 from vision3dgen.layers.attention import LearnedPositions as LearnedPositions
 from vision3dgen.layers.attention import MultiHeadAttention as MultiHeadAttention
 from vision3dgen.layers.attention import SelfAttention2d as SelfAttention2d

@@ -98,13 +98,36 @@ class Heads(NamedTuple):
     value: Float[Tensor, "B h S D"]
 
 
+class KeyValueCache:
+    """Keys and values of positions that were seen, in room for `size` of them."""
+
+    def __init__(self, size: int):
+        self.size, self.length = size, 0
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def extend(
+        self, key: Float[Tensor, "B h T D"], value: Float[Tensor, "B h T E"]
+    ) -> tuple[Float[Tensor, "B h S D"], Float[Tensor, "B h S E"]]:
+        """All keys and values so far, with T more at the end; ValueError where there is no room for them."""
+        end = self.length + key.shape[2]
+        if end > self.size:
+            raise ValueError(f"the cache has room for {self.size} positions, got {end}")
+        if self.keys is None or self.values is None:
+            self.keys = key.new_zeros(*key.shape[:2], self.size, key.shape[3])
+            self.values = value.new_zeros(*value.shape[:2], self.size, value.shape[3])
+        self.keys[:, :, self.length : end], self.values[:, :, self.length : end] = key, value
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
 class MultiHeadAttention(nn.Module):
     """Attention in `heads` subspaces: queries (B, T, channels) look at keys and values, themselves when none are given.
 
     `key_channels` and `value_channels` are those of another source (cross-attention over image features). A mask is
     (T, S), (B, T, S) for all heads, or (B, heads, T, S); T or heads may be 1. Parameters and their initialization are
     those of `torch.nn.MultiheadAttention`, whose state dict loads. `project` and `combine` are the two halves around
-    the attention itself, for samplers that keep keys and values.
+    the attention itself. With `past`, whose keys and values come first, those given are added to it.
     Source: Vaswani et al. 2017, section 3.2.2.
     Differs: batch first; boolean masks are True where attention is allowed; weights come from `weights`.
     """
@@ -159,9 +182,12 @@ class MultiHeadAttention(nn.Module):
         mask: Mask | None = None,
         *,
         causal: bool = False,
+        past: KeyValueCache | None = None,
     ) -> Float[Tensor, "B T C"]:
         key = query if key is None else key
         heads = self.project(query, key, key if value is None else value)
+        if past is not None:
+            heads = Heads(heads.query, *past.extend(heads.key, heads.value))
         dropout = self.dropout if self.training else 0.0
         return self.combine(attention(*heads, _per_head(mask), causal=causal, dropout=dropout))
 
@@ -196,7 +222,8 @@ class TransformerBlock(nn.Module):
 
     `pre_norm` normalizes before each residual branch (Xiong et al. 2020), else after each sum (Vaswani et al. 2017).
     `hidden` is 4 C unless given. `stochastic_depth` is the probability of leaving a branch out for a sample. With
-    `causal=True` this is the block of GPT. Parameter names are those of `torch.nn.TransformerEncoderLayer`.
+    `causal=True` this is the block of GPT, and `past` keeps what earlier calls saw. Parameter names are those of
+    `torch.nn.TransformerEncoderLayer`.
     """
 
     def __init__(
@@ -214,12 +241,13 @@ class TransformerBlock(nn.Module):
         self.drop = nn.Sequential(nn.Dropout(dropout), StochasticDepth(stochastic_depth))
 
     def forward(
-        self, x: Float[Tensor, "B T C"], mask: Mask | None = None, *, causal: bool = False
-    ) -> Float[Tensor, "B T C"]:
+        self, x: Float[Tensor, "B T C"], mask: Mask | None = None, *, causal: bool = False,
+        past: KeyValueCache | None = None,
+    ) -> Float[Tensor, "B T C"]:  # fmt: skip
         if self.pre_norm:
-            x = x + self.drop(self.self_attn(self.norm1(x), mask=mask, causal=causal))
+            x = x + self.drop(self.self_attn(self.norm1(x), mask=mask, causal=causal, past=past))
             return x + self.drop(self._network(self.norm2(x)))
-        x = self.norm1(x + self.drop(self.self_attn(x, mask=mask, causal=causal)))
+        x = self.norm1(x + self.drop(self.self_attn(x, mask=mask, causal=causal, past=past)))
         return self.norm2(x + self.drop(self._network(x)))
 
     def weights(

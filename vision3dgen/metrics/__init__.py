@@ -17,6 +17,9 @@ from vision3dgen.metrics.language import Pointing as Pointing
 from vision3dgen.metrics.language import bleu as bleu
 from vision3dgen.metrics.language import perplexity as perplexity
 from vision3dgen.metrics.language import pointing as pointing
+from vision3dgen.metrics.likelihood import LikelihoodEvaluator as LikelihoodEvaluator
+from vision3dgen.metrics.likelihood import LikelihoodScores as LikelihoodScores
+from vision3dgen.metrics.likelihood import bits_per_dim as bits_per_dim
 from vision3dgen.metrics.prediction import Prediction as Prediction
 from vision3dgen.metrics.protocols import PROTOCOLS as PROTOCOLS
 from vision3dgen.metrics.protocols import Protocol as Protocol
@@ -44,4 +47,5 @@ EVALUATIONS: dict[str, type[Evaluator]] = {
     "classes": ClassEvaluator,
     "captions": CaptionEvaluator,
     "language": LanguageEvaluator,
+    "likelihood": LikelihoodEvaluator,
 }

@@ -1,0 +1,114 @@
+"""ImageGPT: a transformer decoder over the values of an image, one after another."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from vision3dgen.generators.autoregressive import Autoregressive
+from vision3dgen.generators.likelihoods import Categorical
+from vision3dgen.generators.masked import Cache
+from vision3dgen.layers import KeyValueCache, TransformerBlock
+
+
+@dataclass
+class _Read:
+    """What was read of an image: keys and values of each block, and the last token, None before the first."""
+
+    past: list[KeyValueCache]
+    last: Tensor | None = None  # (B,)
+
+    @property
+    def length(self) -> int:
+        return self.past[0].length
+
+
+class ImageGPT(Autoregressive):
+    """Causal transformer blocks over the H W C values, pixel after pixel, the channels of a pixel one after another.
+
+    Tokens and places have learned embeddings; the first input is a start, one for each class if there are classes.
+    Source: Chen et al. 2020, Generative Pretraining from Pixels. Its networks: width=512, heads=8, layers=24 (S);
+    1024, 8, 36 (M); 1536, 16, 48 (L), on 32 x 32. Differs: a token is a value of a channel, not one of 512 colors, so
+    that images have a likelihood; layer normalization and GELU are torch's.
+    """
+
+    period = None  # what there is to attend to grows
+
+    def __init__(
+        self, image_shape: tuple[int, int, int] = (1, 28, 28), levels: int = 2, *, width: int = 64, heads: int = 2,
+        layers: int = 8, dropout: float = 0.0, classes: int | None = None,
+    ):  # fmt: skip
+        likelihood = Categorical(image_shape[0], levels)
+        super().__init__(image_shape, likelihood, classes)
+        if layers < 1:
+            raise ValueError(f"layers must be at least 1, got {layers}")
+        self.depth, self.levels = image_shape[0], levels
+        self.length = image_shape[0] * image_shape[1] * image_shape[2]
+        self.tokens = nn.Embedding(self.depth * levels, width)
+        self.positions = nn.Parameter(torch.empty(self.length, width))
+        self.start = nn.Embedding(classes or 1, width)
+        for table in (self.tokens.weight, self.positions, self.start.weight):
+            nn.init.normal_(table, std=0.02)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads, dropout=dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.logits = nn.Linear(width, levels)
+        nn.init.zeros_(self.logits.weight)
+        nn.init.zeros_(self.logits.bias)
+
+    def horizontal(
+        self, x: Float[Tensor, "B C N W"], rows: Sequence[Any], cond: Int[Tensor, " B"] | None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "B P N W"]:  # fmt: skip
+        tokens = self._tokens(x)
+        if cache is None:
+            inputs = torch.cat([self._start(cond, len(x)), self.tokens(tokens[:, :-1])], 1)
+            return self._outputs(self._read(inputs, 0, None), x)
+        state = cache.state(self, lambda: _Read([KeyValueCache(self.length) for _ in self.blocks]))
+        if cache.column is None:
+            inputs = torch.cat([self._before(state, cond, len(x)), self.tokens(tokens[:, :-1])], 1)
+            state.last = tokens[:, -1]
+            return self._outputs(self._read(inputs, state.length, state.past), x)
+        channel = state.length - (cache.row * cache.width + cache.column) * self.depth
+        inputs = self.tokens(tokens[:, channel - 1 : channel]) if channel else self._before(state, cond, len(x))
+        logits = self._read(inputs, state.length, state.past)[:, 0]  # of one channel; the others' are not asked for
+        outputs = logits.new_zeros(len(x), self.depth, self.levels)
+        outputs[:, channel] = logits
+        return outputs.flatten(1)[:, :, None, None]
+
+    def observe(self, x: Float[Tensor, "B C 1 1"], cache: Cache) -> None:
+        cache.states[self].last = self._tokens(x)[:, -1]
+
+    def expected_initial_loss(self, batch: Mapping[str, Any]) -> float:
+        """The bits of a level if all are equally probable, which they are as the last layer starts at 0."""
+        return math.log2(self.levels)
+
+    def _tokens(self, x: Float[Tensor, "B C N W"]) -> Int[Tensor, "B T"]:
+        """Numbers of the values in the order they are read, those of each channel apart."""
+        values = ((x + 1) / 2 * (self.levels - 1)).round().long()
+        values = values + self.levels * torch.arange(self.depth, device=x.device)[:, None, None]
+        return values.permute(0, 2, 3, 1).flatten(1)
+
+    def _start(self, cond: Tensor | None, batch: int) -> Tensor:
+        index = torch.zeros(batch, dtype=torch.int64, device=self.positions.device) if cond is None else cond
+        return self.start(index)[:, None]
+
+    def _before(self, state: _Read, cond: Tensor | None, batch: int) -> Tensor:
+        return self._start(cond, batch) if state.last is None else self.tokens(state.last)[:, None]
+
+    def _read(self, inputs: Tensor, first: int, past: list[KeyValueCache] | None) -> Float[Tensor, "B T L"]:
+        """Logits of the tokens that follow `inputs`, which begin at place `first`."""
+        count = inputs.shape[1]
+        y = self.dropout(inputs + self.positions[first : first + count])
+        for number, block in enumerate(self.blocks):
+            y = block(y, causal=count > 1, past=None if past is None else past[number])
+        return self.logits(self.norm(y))
+
+    def _outputs(self, logits: Float[Tensor, "B T L"], x: Tensor) -> Tensor:
+        """(B, N W C, L) -> (B, C L, N, W)."""
+        maps = logits.unflatten(1, (*x.shape[2:], self.depth))  # (B, N, W, C, L)
+        return maps.permute(0, 3, 4, 1, 2).flatten(1, 2)

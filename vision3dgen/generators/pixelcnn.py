@@ -1,0 +1,165 @@
+"""PixelCNN and Gated PixelCNN: masked convolutions, one softmax for each channel of each pixel."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from vision3dgen.generators.autoregressive import Autoregressive, ClassBias
+from vision3dgen.generators.likelihoods import Categorical
+from vision3dgen.generators.masked import Cache, CausalConv2d, Reach, here, square
+from vision3dgen.layers import gated_tanh
+
+
+class Head(nn.Module):
+    """ReLU, 1 x 1, ReLU, 1 x 1, masked by channel: features to the logits of every level."""
+
+    def __init__(self, channels: int, hidden: int, likelihood: Categorical):
+        super().__init__()
+        groups = likelihood.channels
+        self.hidden = CausalConv2d(channels, hidden, groups=groups)
+        self.logits = CausalConv2d(hidden, likelihood.outputs, groups=groups)
+
+    def forward(self, x: Float[Tensor, "B C H W"], cache: Cache | None = None) -> Float[Tensor, "B P H W"]:
+        return self.logits(self.hidden(x.relu(), cache).relu(), cache)
+
+
+class ResidualBlock(nn.Module):
+    """x + 1 x 1 to half the channels, masked k x k, 1 x 1 back, each after a ReLU."""
+
+    def __init__(self, channels: int, kernel_size: int, groups: int):
+        super().__init__()
+        self.reduce = CausalConv2d(channels, channels // 2, groups=groups)
+        self.masked = CausalConv2d(channels // 2, channels // 2, square(kernel_size), groups=groups)
+        self.expand = CausalConv2d(channels // 2, channels, groups=groups)
+
+    def forward(self, x: Float[Tensor, "B C H W"], cache: Cache | None = None) -> Float[Tensor, "B C H W"]:
+        y = self.masked(self.reduce(x.relu(), cache).relu(), cache)
+        return x + self.expand(y.relu(), cache)
+
+
+class PixelCNN(Autoregressive):
+    """Residual blocks of masked 3 x 3 convolutions after one of 7 x 7 that sees the pixels before its own.
+
+    channels: those of the residual stream, 2 h in the paper; head_channels: of the two last 1 x 1 convolutions. For RGB
+    both must be multiples of 3, `channels` of 6: the masks divide them among red, green and blue. levels: 2 for binary
+    images, 256 for 8 bits.
+    Source: van den Oord et al. 2016 (arXiv:1601.06759), sections 3.2 to 3.4. Its MNIST network: channels=32, layers=7.
+    """
+
+    def __init__(
+        self, image_shape: tuple[int, int, int] = (1, 28, 28), levels: int = 2, *, channels: int = 32, layers: int = 15,
+        kernel_size: int = 3, head_channels: int = 32, classes: int | None = None,
+    ):  # fmt: skip
+        likelihood = Categorical(image_shape[0], levels)
+        super().__init__(image_shape, likelihood, classes)
+        if channels % 2:
+            raise ValueError(f"channels must be even, got {channels}")
+        groups = likelihood.channels
+        self.first = CausalConv2d(groups, channels, square(7), "A", groups=groups)
+        self.condition = ClassBias(classes, channels)
+        self.blocks = nn.ModuleList(ResidualBlock(channels, kernel_size, groups) for _ in range(layers))
+        self.head = Head(channels, head_channels, likelihood)
+
+    def horizontal(
+        self, x: Float[Tensor, "B C N W"], rows: Sequence[Any], cond: Int[Tensor, " B"] | None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "B P N W"]:  # fmt: skip
+        y = self.first(x, cache) + self.condition(cond)
+        for block in self.blocks:
+            y = block(y, cache)
+        return self.head(y, cache)
+
+
+class VerticalLayer(nn.Module):
+    """A gate over the rows above: (new map, what the horizontal gate of this layer is given).
+
+    The stack reads the image a row below, so that a map's own row is of the rows above; `first` reads the image itself.
+    """
+
+    def __init__(self, inputs: int, channels: int, kernel_size: int, classes: int | None, *, first: bool, last: bool):
+        super().__init__()
+        half = square(kernel_size).left
+        self.gates = CausalConv2d(inputs, 2 * channels, Reach(half - first, half, half), None)
+        self.link = CausalConv2d(2 * channels, 2 * channels, mask=None)
+        self.condition = ClassBias(None if last else classes, 2 * channels)  # the last one's map goes nowhere
+
+    def forward(
+        self, x: Float[Tensor, "B C N W"], cond: Int[Tensor, " B"] | None, cache: Cache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        gates = self.gates(x, cache)
+        return gated_tanh(gates + self.condition(cond)), self.link(gates, cache)
+
+
+class HorizontalLayer(nn.Module):
+    """A gate over the pixels to the left and the link from above: (new map, skip to the head).
+
+    `first` reads the image itself: it sees the pixels before its own, and has no residual. Nor has the `last` one, from
+    which only the skip goes on.
+    """
+
+    def __init__(
+        self, inputs: int, channels: int, kernel_size: int, groups: int, classes: int | None, *, first: bool,
+        last: bool,
+    ):  # fmt: skip
+        super().__init__()
+        reach = Reach(0, square(kernel_size).left, 0)
+        self.gates = CausalConv2d(inputs, 2 * channels, reach, "A" if first else "B", groups=groups, gates=2)
+        self.residual = None if first or last else CausalConv2d(channels, channels, groups=groups)
+        self.skip = CausalConv2d(channels, channels, groups=groups)
+        self.condition = ClassBias(classes, 2 * channels)
+
+    def forward(
+        self, x: Float[Tensor, "B C N W"], link: Float[Tensor, "B G N W"], cond: Int[Tensor, " B"] | None,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        out = gated_tanh(self.gates(x, cache) + link + self.condition(cond))
+        return out if self.residual is None else x + self.residual(out, cache), self.skip(out, cache)
+
+
+class GatedPixelCNN(Autoregressive):
+    """A vertical stack that sees all rows above, without the blind spot of PixelCNN, and a horizontal one.
+
+    channels: p of the paper, a multiple of the image's channels; the sum of all layers' skips goes to the head. For
+    `classes`, each gate has biases of the class (V h of the paper).
+    Source: van den Oord et al. 2016, Conditional Image Generation with PixelCNN Decoders (arXiv:1606.05328). Differs:
+    the vertical stack is shifted down by a row at its input, not at each link; skips are summed for the output.
+    """
+
+    def __init__(
+        self, image_shape: tuple[int, int, int] = (1, 28, 28), levels: int = 2, *, channels: int = 32, layers: int = 10,
+        kernel_size: int = 3, head_channels: int = 32, classes: int | None = None,
+    ):  # fmt: skip
+        likelihood = Categorical(image_shape[0], levels)
+        super().__init__(image_shape, likelihood, classes)
+        groups = likelihood.channels
+        sizes = [(groups, 7), *[(channels, kernel_size)] * layers]
+        ends = [{"first": i == 0, "last": i == layers} for i in range(layers + 1)]
+        self.vertical_layers = nn.ModuleList(
+            VerticalLayer(inputs, channels, size, classes, **end) for (inputs, size), end in zip(sizes, ends)
+        )
+        self.horizontal_layers = nn.ModuleList(
+            HorizontalLayer(inputs, channels, size, groups, classes, **end) for (inputs, size), end in zip(sizes, ends)
+        )
+        self.head = Head(channels, head_channels, likelihood)
+
+    def vertical(
+        self, above: Float[Tensor, "B C N W"], cond: Int[Tensor, " B"] | None, cache: Cache | None = None
+    ) -> list[Tensor]:
+        """What each layer's horizontal gate is given."""
+        links, x = [], above
+        for layer in self.vertical_layers:
+            x, link = layer(x, cond, cache)
+            links.append(link)
+        return links
+
+    def horizontal(
+        self, x: Float[Tensor, "B C N W"], rows: Sequence[Any], cond: Int[Tensor, " B"] | None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "B P N W"]:  # fmt: skip
+        total: Any = 0
+        for layer, link in zip(self.horizontal_layers, rows):
+            x, skip = layer(x, here(link, cache), cond, cache)
+            total = total + skip
+        return self.head(total, cache)
