@@ -29,6 +29,7 @@ from vision3dgen.config import Config, ConfigError, Named, arguments, build, cho
 from vision3dgen.datasets import AUGMENTATIONS, CATEGORIES, DATASETS, PREPARE, Augment, Augmented, collate
 from vision3dgen.engine import Data, Trainer, to_device
 from vision3dgen.files import atomic_write
+from vision3dgen.generators import GENERATORS
 from vision3dgen.heads import HEADS
 from vision3dgen.io import read_image, save_mesh
 from vision3dgen.metrics import EVALUATIONS, Evaluator, Prediction, Scores, ShapeEvaluator
@@ -138,7 +139,7 @@ class Experiment:
     def build_model(self) -> nn.Module:
         """The untrained model; the same weights for the same seed."""
         engine.seed_all(self.seed)
-        return build_parts(self.model, MODELS, where="model")
+        return build_parts(self.model, {**MODELS, **GENERATORS}, where="model")
 
     @staticmethod
     def batches(dataset: Any, batch_size: int) -> Iterator[dict[str, Any]]:
