@@ -2,4 +2,66 @@
 
 from torch import nn
 
-GENERATORS: dict[str, type[nn.Module]] = {}
+from vision3dgen.generators.adversarial import ADVERSARIAL_LOSSES as ADVERSARIAL_LOSSES
+from vision3dgen.generators.adversarial import R1 as R1
+from vision3dgen.generators.adversarial import SLOPE_PENALTIES as SLOPE_PENALTIES
+from vision3dgen.generators.adversarial import AdversarialLoss as AdversarialLoss
+from vision3dgen.generators.adversarial import GradientPenalty as GradientPenalty
+from vision3dgen.generators.adversarial import SlopePenalty as SlopePenalty
+from vision3dgen.generators.adversarial import gradient_penalty as gradient_penalty
+from vision3dgen.generators.adversarial import r1_penalty as r1_penalty
+from vision3dgen.generators.autoencoder import CORRUPTIONS as CORRUPTIONS
+from vision3dgen.generators.autoencoder import Autoencoder as Autoencoder
+from vision3dgen.generators.autoencoder import Corruption as Corruption
+from vision3dgen.generators.autoencoder import GaussianNoise as GaussianNoise
+from vision3dgen.generators.autoencoder import MaskingNoise as MaskingNoise
+from vision3dgen.generators.autoencoder import SaltAndPepper as SaltAndPepper
+from vision3dgen.generators.decoders import DECODERS as DECODERS
+from vision3dgen.generators.decoders import MAP_DECODERS as MAP_DECODERS
+from vision3dgen.generators.decoders import ConvolutionalDecoder as ConvolutionalDecoder
+from vision3dgen.generators.decoders import Decoder as Decoder
+from vision3dgen.generators.decoders import MapDecoder as MapDecoder
+from vision3dgen.generators.decoders import MLPDecoder as MLPDecoder
+from vision3dgen.generators.decoders import ResidualDecoder as ResidualDecoder
+from vision3dgen.generators.diffaugment import DiffAugment as DiffAugment
+from vision3dgen.generators.encoders import ENCODERS as ENCODERS
+from vision3dgen.generators.encoders import MAP_ENCODERS as MAP_ENCODERS
+from vision3dgen.generators.encoders import ConvolutionalEncoder as ConvolutionalEncoder
+from vision3dgen.generators.encoders import Encoder as Encoder
+from vision3dgen.generators.encoders import MapEncoder as MapEncoder
+from vision3dgen.generators.encoders import MLPEncoder as MLPEncoder
+from vision3dgen.generators.encoders import ResidualEncoder as ResidualEncoder
+from vision3dgen.generators.gan import GAN as GAN
+from vision3dgen.generators.gan_networks import DISCRIMINATOR_NETWORKS as DISCRIMINATOR_NETWORKS
+from vision3dgen.generators.gan_networks import GENERATOR_NETWORKS as GENERATOR_NETWORKS
+from vision3dgen.generators.gan_networks import DCGANDiscriminator as DCGANDiscriminator
+from vision3dgen.generators.gan_networks import DCGANGenerator as DCGANGenerator
+from vision3dgen.generators.gan_networks import DiscriminatorNetwork as DiscriminatorNetwork
+from vision3dgen.generators.gan_networks import GeneratorNetwork as GeneratorNetwork
+from vision3dgen.generators.gan_networks import MLPDiscriminator as MLPDiscriminator
+from vision3dgen.generators.gan_networks import MLPGenerator as MLPGenerator
+from vision3dgen.generators.gan_networks import ResNetDiscriminator as ResNetDiscriminator
+from vision3dgen.generators.gan_networks import ResNetGenerator as ResNetGenerator
+from vision3dgen.generators.likelihoods import LIKELIHOODS as LIKELIHOODS
+from vision3dgen.generators.likelihoods import Bernoulli as Bernoulli
+from vision3dgen.generators.likelihoods import DiscretizedLogistic as DiscretizedLogistic
+from vision3dgen.generators.likelihoods import Gaussian as Gaussian
+from vision3dgen.generators.likelihoods import Likelihood as Likelihood
+from vision3dgen.generators.likelihoods import binarize as binarize
+from vision3dgen.generators.rbm import RBM as RBM
+from vision3dgen.generators.vae import VAE as VAE
+from vision3dgen.generators.vae import Elbo as Elbo
+from vision3dgen.generators.vae import Posterior as Posterior
+from vision3dgen.generators.vae import gaussian_kl as gaussian_kl
+from vision3dgen.generators.vqvae import VQVAE as VQVAE
+from vision3dgen.generators.vqvae import Quantized as Quantized
+from vision3dgen.generators.vqvae import VectorQuantizer as VectorQuantizer
+from vision3dgen.generators.vqvae import k_means as k_means
+
+GENERATORS: dict[str, type[nn.Module]] = {
+    "autoencoder": Autoencoder,
+    "gan": GAN,
+    "rbm": RBM,
+    "vae": VAE,
+    "vqvae": VQVAE,
+}
