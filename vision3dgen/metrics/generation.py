@@ -26,6 +26,7 @@ from vision3dgen.files import atomic_write
 from vision3dgen.metrics.evaluator import Batches, Evaluator, Predict
 
 Rows = Float[Tensor, "N D"]
+Others = Float[Tensor, "M D"]
 CHUNK = 2048  # rows of a distance matrix held at a time
 
 
@@ -83,7 +84,7 @@ def frechet_distance(first: Moments, second: Moments) -> float:
     return max(float(distance), 0.0)  # rounding may leave a small negative number for equal moments
 
 
-def fid(real: Rows, generated: Rows) -> float:
+def fid(real: Rows, generated: Others) -> float:
     """`frechet_distance` of the moments of features; a ValueError where there are not more samples than features.
 
     With fewer, the covariances are singular and the number measures the sample size: KID does not have that fault.
@@ -118,7 +119,7 @@ def polynomial_mmd(x: Float[Tensor, "N D"], y: Float[Tensor, "M D"]) -> Tensor:
 
 
 def kid(
-    real: Rows, generated: Rows, *, subsets: int = 100, size: int = 1000, generator: torch.Generator | None = None
+    real: Rows, generated: Others, *, subsets: int = 100, size: int = 1000, generator: torch.Generator | None = None
 ) -> Kid:
     """`polynomial_mmd` over random subsets of `size` rows of each; published tables show it times 1000."""
     check_finite(real=real, generated=generated)
@@ -164,12 +165,12 @@ class Manifold(NamedTuple):
     coverage: float  # share of real samples that have a generated one within their reach
 
 
-def _distances(x: Rows, y: Rows) -> Iterator[Float[Tensor, "N M"]]:
+def _distances(x: Rows, y: Others) -> Iterator[Float[Tensor, "N M"]]:
     for start in range(0, len(x), CHUNK):
         yield torch.cdist(x[start : start + CHUNK], y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def manifold(real: Rows, generated: Rows, *, nearest: int = 5) -> Manifold:
+def manifold(real: Rows, generated: Others, *, nearest: int = 5) -> Manifold:
     """Precision, recall, density and coverage; the reach of a sample is the distance to its `nearest`-th other one.
 
     5 is the choice of Naeem et al.; Kynkaanniemi et al. take 3.
