@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.test_docs import python_blocks
 from vision3dgen import cli
 from vision3dgen.config import ConfigError, construct, load
 from vision3dgen.experiment import Experiment, Run, extractor
@@ -91,3 +92,11 @@ def test_the_parts_of_a_configuration_become_objects():
     assert isinstance(vae.build_model(), VAE)
     assert isinstance(vae.build_model().likelihood, Gaussian)
     assert vae.build_model().latents == 20
+
+
+@pytest.mark.parametrize("page", ["latent", "adversarial"])
+def test_the_examples_of_the_pages_run(page, capsys):
+    blocks = python_blocks(CONFIGS.parent / "docs" / f"{page}.md")
+    assert blocks
+    for block in blocks:
+        exec(block, {})

@@ -16,6 +16,12 @@ from vision3dgen.generators.autoencoder import Corruption as Corruption
 from vision3dgen.generators.autoencoder import GaussianNoise as GaussianNoise
 from vision3dgen.generators.autoencoder import MaskingNoise as MaskingNoise
 from vision3dgen.generators.autoencoder import SaltAndPepper as SaltAndPepper
+from vision3dgen.generators.decoder_likelihoods import DECODER_LIKELIHOODS as DECODER_LIKELIHOODS
+from vision3dgen.generators.decoder_likelihoods import Bernoulli as Bernoulli
+from vision3dgen.generators.decoder_likelihoods import DecoderLikelihood as DecoderLikelihood
+from vision3dgen.generators.decoder_likelihoods import DiscretizedLogistic as DiscretizedLogistic
+from vision3dgen.generators.decoder_likelihoods import Gaussian as Gaussian
+from vision3dgen.generators.decoder_likelihoods import binarize as binarize
 from vision3dgen.generators.decoders import DECODERS as DECODERS
 from vision3dgen.generators.decoders import MAP_DECODERS as MAP_DECODERS
 from vision3dgen.generators.decoders import ConvolutionalDecoder as ConvolutionalDecoder
@@ -42,13 +48,11 @@ from vision3dgen.generators.gan_networks import MLPDiscriminator as MLPDiscrimin
 from vision3dgen.generators.gan_networks import MLPGenerator as MLPGenerator
 from vision3dgen.generators.gan_networks import ResNetDiscriminator as ResNetDiscriminator
 from vision3dgen.generators.gan_networks import ResNetGenerator as ResNetGenerator
-from vision3dgen.generators.likelihoods import LIKELIHOODS as LIKELIHOODS
-from vision3dgen.generators.likelihoods import Bernoulli as Bernoulli
-from vision3dgen.generators.likelihoods import DiscretizedLogistic as DiscretizedLogistic
-from vision3dgen.generators.likelihoods import Gaussian as Gaussian
-from vision3dgen.generators.likelihoods import Likelihood as Likelihood
-from vision3dgen.generators.likelihoods import binarize as binarize
+from vision3dgen.generators.gan_networks import VoxelDiscriminator as VoxelDiscriminator
+from vision3dgen.generators.gan_networks import VoxelGenerator as VoxelGenerator
 from vision3dgen.generators.rbm import RBM as RBM
+from vision3dgen.generators.shapes3d import OccupancyVAE as OccupancyVAE
+from vision3dgen.generators.shapes3d import PointVAE as PointVAE
 from vision3dgen.generators.vae import VAE as VAE
 from vision3dgen.generators.vae import Elbo as Elbo
 from vision3dgen.generators.vae import Posterior as Posterior
@@ -61,6 +65,8 @@ from vision3dgen.generators.vqvae import k_means as k_means
 GENERATORS: dict[str, type[nn.Module]] = {
     "autoencoder": Autoencoder,
     "gan": GAN,
+    "occupancy_vae": OccupancyVAE,
+    "point_vae": PointVAE,
     "rbm": RBM,
     "vae": VAE,
     "vqvae": VQVAE,

@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vision3dgen.config import Named
+from vision3dgen.generators.decoder_likelihoods import DECODER_LIKELIHOODS, DecoderLikelihood
 from vision3dgen.generators.decoders import DECODERS, Decoder
 from vision3dgen.generators.encoders import ENCODERS, Encoder
-from vision3dgen.generators.likelihoods import LIKELIHOODS, Likelihood
 from vision3dgen.generators.noise import normal, uniform
 
 
@@ -90,7 +90,7 @@ class Autoencoder(nn.Module):
         self,
         encoder: Annotated[Encoder, Named(ENCODERS, "mlp")],
         decoder: Annotated[Decoder, Named(DECODERS, "mlp")],
-        likelihood: Annotated[Likelihood, Named(LIKELIHOODS, "gaussian")],
+        likelihood: Annotated[DecoderLikelihood, Named(DECODER_LIKELIHOODS, "gaussian")],
         *,
         corruption: Annotated[Corruption | None, Named(CORRUPTIONS, "masking")] = None,
     ):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vision3dgen.checks import check_choice
 from vision3dgen.config import Named
 from vision3dgen.generators.adversarial import ADVERSARIAL_LOSSES, SLOPE_PENALTIES, SlopePenalty
+from vision3dgen.generators.decoder_likelihoods import check_unit_range
 from vision3dgen.generators.diffaugment import DiffAugment
 from vision3dgen.generators.gan_networks import (
     DISCRIMINATOR_NETWORKS,
@@ -21,7 +22,6 @@ from vision3dgen.generators.gan_networks import (
     DiscriminatorNetwork,
     GeneratorNetwork,
 )
-from vision3dgen.generators.likelihoods import check_unit_range
 from vision3dgen.generators.noise import normal
 from vision3dgen.generators.vae import class_condition
 

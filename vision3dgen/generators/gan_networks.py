@@ -326,13 +326,60 @@ class MLPDiscriminator(DiscriminatorNetwork):
         return self.layers(flat if self.classes is None else _appended(flat, labels, self.classes))[:, 0]
 
 
+class VoxelGenerator(GeneratorNetwork):
+    """A linear layer, then 4x4x4 transposed convolutions of stride 2 with batch norm and ReLU: voxels (B, D, H, W).
+
+    Source: Wu et al. 2016 (arXiv:1610.07584), 3D-GAN: latents 200, size 64, width 64. Differs: z is normal, not uniform
+    in [0, 1], and the output tanh, which `GAN` brings to [0, 1].
+    """
+
+    def __init__(self, latents: int = 200, size: int = 64, width: int = 64):
+        super().__init__()
+        self.latents = latents
+        start, doublings = pyramid(size)
+        widths = [width << level for level in reversed(range(doublings))]
+        self.start = (widths[0], start, start, start)
+        self.first = nn.Linear(latents, math.prod(self.start), bias=False)
+        self.layers = nn.Sequential()
+        for inputs, outputs in pairwise([*widths, 1]):
+            self.layers.extend(
+                [nn.BatchNorm3d(inputs), nn.ReLU(), nn.ConvTranspose3d(inputs, outputs, 4, 2, 1, bias=outputs == 1)]
+            )
+        initialize(self, "dcgan")
+
+    def forward(self, z: Float[Tensor, "B Z"], labels: Labels = None) -> Float[Tensor, "B D H W"]:
+        return self.layers(self.first(z).unflatten(1, self.start))[:, 0].tanh()
+
+
+class VoxelDiscriminator(DiscriminatorNetwork):
+    """4x4x4 convolutions of stride 2 with a norm (but for the first) and leaky ReLU of 0.2, then one linear layer."""
+
+    def __init__(self, size: int = 64, width: int = 64, *, norm: str = "batch"):
+        super().__init__()
+        start, halvings = pyramid(size)
+        widths = [width << level for level in range(halvings)]
+        self.layers = nn.Sequential(nn.Conv3d(1, width, 4, 2, 1), nn.LeakyReLU(0.2))
+        for inputs, outputs in pairwise(widths):
+            self.layers.extend(
+                [nn.Conv3d(inputs, outputs, 4, 2, 1, bias=norm == "none"), make_norm(norm, outputs, dims=3)]
+            )
+            self.layers.append(nn.LeakyReLU(0.2))
+        self.score = nn.Linear(widths[-1] * start**3, 1)
+        initialize(self, "dcgan")
+
+    def forward(self, samples: Float[Tensor, "B D H W"], labels: Labels = None) -> Float[Tensor, " B"]:
+        return self.score(self.layers(samples[:, None]).flatten(1))[:, 0]
+
+
 GENERATOR_NETWORKS: dict[str, type[GeneratorNetwork]] = {
     "dcgan": DCGANGenerator,
     "resnet": ResNetGenerator,
     "mlp": MLPGenerator,
+    "voxels": VoxelGenerator,
 }
 DISCRIMINATOR_NETWORKS: dict[str, type[DiscriminatorNetwork]] = {
     "dcgan": DCGANDiscriminator,
     "resnet": ResNetDiscriminator,
     "mlp": MLPDiscriminator,
+    "voxels": VoxelDiscriminator,
 }

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vision3dgen.generators.likelihoods import binarize as make_binary
+from vision3dgen.generators.decoder_likelihoods import binarize as make_binary
 from vision3dgen.generators.noise import uniform
 
 LARGEST_EXACT = 20  # units of the smaller side: 2 ** 20 states
@@ -29,8 +29,8 @@ class RBM(nn.Module):
     """A restricted Boltzmann machine over binary pictures of `image_shape`.
 
     steps: k of contrastive divergence. chains: their number makes them persistent, None starts each at the data.
-    binarize: how grey pictures become binary, see `likelihoods.binarize`. gibbs_steps: of the chains that `sample` runs
-    from independent fair coins. weights: `visible_bias` starts at 0; see `start_at` for the better one.
+    binarize: how grey pictures become binary, see `generators.binarize`. gibbs_steps: of the chains that `sample` runs
+    from independent fair coins. Biases start at 0; `start_at` is better for the visible ones.
     """
 
     parts = ("model",)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vision3dgen.config import Named
+from vision3dgen.generators.decoder_likelihoods import DECODER_LIKELIHOODS, DecoderLikelihood
 from vision3dgen.generators.decoders import DECODERS, Decoder
 from vision3dgen.generators.encoders import ENCODERS, Encoder
-from vision3dgen.generators.likelihoods import LIKELIHOODS, Likelihood
 from vision3dgen.generators.noise import normal
 
 
@@ -84,7 +84,7 @@ class VAE(nn.Module):
         self,
         encoder: Annotated[Encoder, Named(ENCODERS, "mlp")],
         decoder: Annotated[Decoder, Named(DECODERS, "mlp")],
-        likelihood: Annotated[Likelihood, Named(LIKELIHOODS, "bernoulli")],
+        likelihood: Annotated[DecoderLikelihood, Named(DECODER_LIKELIHOODS, "bernoulli")],
         *,
         classes: int | None = None,
         beta: float = 1.0,

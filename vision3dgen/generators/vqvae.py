@@ -17,9 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vision3dgen.config import Named
+from vision3dgen.generators.decoder_likelihoods import DECODER_LIKELIHOODS, DecoderLikelihood
 from vision3dgen.generators.decoders import MAP_DECODERS, MapDecoder
 from vision3dgen.generators.encoders import MAP_ENCODERS, MapEncoder
-from vision3dgen.generators.likelihoods import LIKELIHOODS, Likelihood
 
 
 class Quantized(NamedTuple):
@@ -132,7 +132,7 @@ class VQVAE(nn.Module):
         self,
         encoder: Annotated[MapEncoder, Named(MAP_ENCODERS, "residual")],
         decoder: Annotated[MapDecoder, Named(MAP_DECODERS, "residual")],
-        likelihood: Annotated[Likelihood, Named(LIKELIHOODS, "gaussian")],
+        likelihood: Annotated[DecoderLikelihood, Named(DECODER_LIKELIHOODS, "gaussian")],
         *,
         count: int = 512,
         commitment: float = 0.25,

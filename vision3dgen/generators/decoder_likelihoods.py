@@ -51,7 +51,7 @@ def binarize(
     return images
 
 
-class Likelihood(nn.Module, ABC):
+class DecoderLikelihood(nn.Module, ABC):
     """p(x | output) for the output (B, per_value * C, H, W) of a decoder and pictures (B, C, H, W).
 
     per_value: the numbers that the decoder gives for each value, one group of C channels after the other.
@@ -85,7 +85,7 @@ class Likelihood(nn.Module, ABC):
             )
 
 
-class Bernoulli(Likelihood):
+class Bernoulli(DecoderLikelihood):
     """Binary pictures; the output is a logit for each pixel. binarize: how grey pictures become binary, see `binarize`.
 
     Nats under "dynamic" are a draw: give a generator where the number must come again.
@@ -110,7 +110,7 @@ class Bernoulli(Likelihood):
         return (uniform(output.shape, output, generator) < output.sigmoid()).to(output.dtype)
 
 
-class Gaussian(Likelihood):
+class Gaussian(DecoderLikelihood):
     """A density on all real values, with its constant: the output is a mean, of deviation `scale`.
 
     scale: None lets the decoder give the logarithm of a deviation for each value beside the mean, at least exp(-7).
@@ -149,7 +149,7 @@ class Gaussian(Likelihood):
         return mean, log_scale.clamp_min(MIN_LOG_SCALE)
 
 
-class DiscretizedLogistic(Likelihood):
+class DiscretizedLogistic(DecoderLikelihood):
     """One of `levels` grey values, each the mass of a logistic density in its bin; the ends take the tails.
 
     The output is a mean and the logarithm of a scale, both on [-1, 1], the scale at least exp(-7). Pictures must be
@@ -206,7 +206,7 @@ class DiscretizedLogistic(Likelihood):
         return mean, log_scale.clamp_min(MIN_LOG_SCALE)
 
 
-LIKELIHOODS: dict[str, type[Likelihood]] = {
+DECODER_LIKELIHOODS: dict[str, type[DecoderLikelihood]] = {
     "bernoulli": Bernoulli,
     "gaussian": Gaussian,
     "discretized_logistic": DiscretizedLogistic,
