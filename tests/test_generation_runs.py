@@ -1,6 +1,7 @@
 """Latent and adversarial generators from their configurations: trained, kept, and scored by a classifier's features."""
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def lenet(shared_data, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_configurations_train_and_come_back(name, lenet, shared_data, tmp_path, capsys):
+def test_configurations_train_and_come_back(name, lenet, shared_data, tmp_path, capsys, monkeypatch):
     run = run_tiny(f"generation_{name}_mnist", shared_data, tmp_path / "run", f"evaluation.extractor={lenet.folder}")
     last = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert any(key.endswith("loss") for key in last)
@@ -49,6 +50,14 @@ def test_configurations_train_and_come_back(name, lenet, shared_data, tmp_path, 
     assert summary["about"] == {"weights": run.weights(), "extractor": lenet.weights()}
     assert summary["fid"] > 0
     assert len((run.folder / "evaluation" / "generation_test.jsonl").read_text().splitlines()) == 201
+    script = runpy.run_path(str(CONFIGS.parent / "benchmarks" / "latent.py"))
+    command = ["latent.py", str(run.folder), "--out", str(tmp_path / "out"), "--draws", "2", "--pictures", "3"]
+    monkeypatch.setattr("sys.argv", command)
+    assert script["main"]() == 0
+    table = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| training pictures (floor)", "| run"]
+    drawn = {"samples", "interpolation", *(["reconstructions", "traversal"] if name == "cvae" else [])}
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {f"run_{each}.png" for each in drawn}
 
 
 @pytest.mark.slow

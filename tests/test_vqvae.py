@@ -153,19 +153,28 @@ def test_every_parameter_is_trained():
 
 
 class Uniform(torch.nn.Module):
-    """A prior that knows nothing."""
+    """A prior that knows nothing, in integers or in grey levels."""
+
+    def __init__(self, grey):
+        super().__init__()
+        self.grey = grey
 
     def sample(self, n, *, cond=None, generator=None):
-        return torch.randint(13, (n, 3, 5), generator=generator)
+        codes = torch.randint(13, (n, 3, 5), generator=generator)
+        return codes[:, None].float() / 12 if self.grey else codes
 
 
 def test_a_prior_makes_it_a_generator():
     model = small().eval()
     with pytest.raises(ValueError, match=r"train a prior on codes\(images\)"):
         model.sample(2)
-    model.prior = Uniform()
-    assert torch.equal(model.sample(2, generator=seeded()), model.sample(2, generator=seeded()))
-    assert model.sample(2, generator=seeded()).shape == (2, 1, 12, 20)
+    model.quantizer.codebook.copy_(randn(13, 3))
+    expected = model.decode(torch.randint(13, (2, 3, 5), generator=seeded())).clamp(0, 1)
+    for grey in (False, True):
+        model.prior = Uniform(grey)
+        torch.testing.assert_close(model.sample(2, generator=seeded()), expected)
+    images = rand(2, 1, 12, 20)
+    torch.testing.assert_close(model.code_images(images)[:, 0] * 12, model.codes(images).float())
 
 
 @pytest.mark.slow

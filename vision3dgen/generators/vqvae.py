@@ -122,8 +122,8 @@ class VQVAE(nn.Module):
     """An autoencoder whose code is a map of integers; 1x1 convolutions lead from the features to the code vectors.
 
     `codes` gives pictures as integer images (B, H', W') for a prior to train on, and `decode` makes pictures of them.
-    prior: a model whose `sample(n, cond=, generator=)` gives such maps, (n, H', W') or (n, 1, H', W'); without one
-    `sample` is a ValueError. commitment: the beta of the paper.
+    prior: a model whose `sample(n, cond=, generator=)` gives such maps, integers (n, H', W') or as of `code_images`;
+    without one `sample` is a ValueError. commitment: the beta of the paper.
     """
 
     parts = ("model",)
@@ -154,6 +154,10 @@ class VQVAE(nn.Module):
         nearest = self.quantizer.nearest(maps.movedim(1, -1).flatten(0, 2))
         return nearest.view(len(maps), *maps.shape[2:])
 
+    def code_images(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 1 H2 W2"]:
+        """Code maps as pictures of `count` grey levels in [0, 1], as a generator of pictures takes and makes them."""
+        return self.codes(images)[:, None].float() / (len(self.quantizer.codebook) - 1)
+
     @torch.no_grad()
     def decode(self, codes: Int[Tensor, "B H2 W2"]) -> Float[Tensor, "B C H W"]:
         """The mean picture of maps of code numbers."""
@@ -173,7 +177,9 @@ class VQVAE(nn.Module):
                 "a VQ-VAE alone has no distribution over its codes: train a prior on codes(images), set it as `prior`"
             )
         codes = self.prior.sample(n, cond=cond, generator=generator)
-        return self.decode(codes if codes.ndim == 3 else codes[:, 0]).clamp(0, 1)
+        if codes.is_floating_point():
+            codes = (codes[:, 0] * (len(self.quantizer.codebook) - 1)).round().long()
+        return self.decode(codes).clamp(0, 1)
 
     def loss(self, batch: Mapping[str, Any], part: str = "model") -> dict[str, Tensor]:
         """Means over pictures, in nats; the log has the perplexity of the batch's codes."""
