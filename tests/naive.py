@@ -477,3 +477,47 @@ def diagonal_bilstm(layer, x):
                 if row + number < height:
                     total[0, :, row + number, column] += hidden[row, column]
     return total
+
+
+def nearest_codes(maps, codebook):
+    """The number of the code with the least squared distance at each place of (B, D, H, W), the first of equals."""
+    batch, _, height, width = maps.shape
+    codes = torch.zeros(batch, height, width, dtype=torch.int64)
+    for b in range(batch):
+        for row in range(height):
+            for column in range(width):
+                distances = [float((code - maps[b, :, row, column]).square().sum()) for code in codebook]
+                codes[b, row, column] = distances.index(min(distances))
+    return codes
+
+
+def polynomial_mmd(x, y):
+    """Unbiased squared MMD of the kernel (a.b / D + 1)^3, by double loops over pairs of different rows."""
+
+    def kernel(a, b):
+        return (sum(float(p) * float(q) for p, q in zip(a, b)) / len(a) + 1) ** 3
+
+    total = 0.0
+    for rows in (x, y):
+        pairs = [kernel(a, b) for i, a in enumerate(rows) for j, b in enumerate(rows) if i != j]
+        total += sum(pairs) / len(pairs)
+    across = [kernel(a, b) for a in x for b in y]
+    return total - 2 * sum(across) / len(across)
+
+
+def manifold(real, generated, nearest):
+    """Precision, recall, density and coverage from their definitions."""
+
+    def distance(a, b):
+        return math.sqrt(sum((float(p) - float(q)) ** 2 for p, q in zip(a, b)))
+
+    def reach(rows):
+        return [sorted(distance(a, b) for j, b in enumerate(rows) if j != i)[nearest - 1] for i, a in enumerate(rows)]
+
+    reach_real, reach_generated = reach(real), reach(generated)
+    counts = [sum(distance(g, r) <= reach_real[i] for i, r in enumerate(real)) for g in generated]
+    precision = sum(count > 0 for count in counts) / len(generated)
+    density = sum(counts) / (nearest * len(generated))
+    recall = sum(any(distance(r, g) <= reach_generated[j] for j, g in enumerate(generated)) for r in real) / len(real)
+    coverage = sum(any(distance(r, g) <= reach_real[i] for g in generated) for i, r in enumerate(real)) / len(real)
+    return precision, recall, density, coverage

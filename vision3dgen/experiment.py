@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_origin
 
 import torch
 from jaxtyping import Float, UInt8
@@ -34,8 +34,18 @@ from vision3dgen.files import atomic_write
 from vision3dgen.generators import GENERATORS
 from vision3dgen.heads import HEADS
 from vision3dgen.io import read_image, save_mesh, save_npz
-from vision3dgen.metrics import EVALUATIONS, Evaluator, Prediction, Scores, ShapeEvaluator
-from vision3dgen.models import DECODERS, MODELS
+from vision3dgen.metrics import (
+    EVALUATIONS,
+    Evaluator,
+    Features,
+    GenerationEvaluator,
+    Pair,
+    Prediction,
+    Scores,
+    ShapeEvaluator,
+    quantize,
+)
+from vision3dgen.models import DECODERS, MODELS, Classifier
 from vision3dgen.structures import Frame
 from vision3dgen.viz import Sample, Shown, image_grid, show
 
@@ -208,8 +218,9 @@ def build_parts(node: Any, table: Mapping[str, Callable[..., Any]], /, *, where:
     target, rest = choose(node, table, where=where)
     parts: dict[str, Any] = {}
     for key, choices in PARTS.items():
-        if rest.get(key) is None or key not in inspect.signature(target).parameters:
-            continue
+        parameter = inspect.signature(target).parameters.get(key)
+        if rest.get(key) is None or parameter is None or get_origin(parameter.annotation) is Annotated:
+            continue  # an annotated one says itself of which table it is
         inside = f"{where}.{key}" if where else key
         part, _ = choose(rest[key], choices, where=inside)
         wanted = {"channels", "strides"} & set(inspect.signature(part).parameters) if "backbone" in parts else set()
@@ -378,17 +389,23 @@ class Run:
         workers: for shapes, how many processes score in place of what the configuration says.
         """
         processes()  # each of several takes its own device
-        experiment = self.experiment
+        experiment, model, about = self.experiment, self.model(device), {"weights": self.weights()}
         if workers is not None:
             evaluation = self._require_shapes("workers")
             experiment = replace(experiment, evaluation=replace(evaluation, workers=workers))
+        if isinstance(experiment.evaluation, GenerationEvaluator):
+            classifier = Run.open(experiment.evaluation.extractor)
+            about["extractor"] = classifier.weights()
+            predict = generated(model, extractor(classifier, device), device, experiment.seed)
+        else:
+            predict = predictor(model, device)
         return score(
             self.folder / "evaluation",
             experiment,
-            predictor(self.model(device), device),
+            predict,
             name,
             split=split,
-            about={"weights": self.weights()},
+            about=about,
         )
 
     def checkpoint(self) -> Path:
@@ -410,6 +427,37 @@ def predictor(model: nn.Module, device: torch.device | str) -> Callable[[Mapping
     def predict(batch: Mapping[str, Any]) -> Any:
         predictions = model.predict(to_device(batch, torch.device(device)))  # type: ignore[operator]
         return to_device(predictions, torch.device("cpu"))
+
+    return predict
+
+
+def extractor(run: Run, device: torch.device | str) -> Callable[[Tensor], Features]:
+    """What the classifier of a run says of pictures: the features before its last layer, and its logits."""
+    classifier = run.model(device)
+    if not isinstance(classifier, Classifier):
+        raise ConfigError(f"{run.folder}: features come from a run whose model is a classifier")
+
+    def extract(images: Tensor) -> Features:
+        with torch.no_grad():
+            return Features(classifier.features(images), classifier(images))
+
+    return extract
+
+
+def generated(
+    model: nn.Module, extract: Callable[[Tensor], Features], device: torch.device | str, seed: int
+) -> Callable[[Mapping[str, Any]], Pair]:
+    """Features of a batch and of as many samples of `model`, of the same classes if it has classes, both as bytes."""
+    if not callable(getattr(model, "sample", None)):
+        raise ConfigError(f"{type(model).__name__} is not a generator: it has no sample()")
+    device, draws = torch.device(device), torch.Generator().manual_seed(seed)
+    by_class = getattr(model, "classes", None) is not None
+
+    def predict(batch: Mapping[str, Any]) -> Pair:
+        images = batch["image"].to(device)
+        cond = batch["label"].to(device) if by_class else None
+        made = model.sample(len(images), cond=cond, generator=draws)  # type: ignore[operator]
+        return to_device(Pair(extract(quantize(images)), extract(quantize(made))), torch.device("cpu"))
 
     return predict
 

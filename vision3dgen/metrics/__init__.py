@@ -6,6 +6,26 @@ from vision3dgen.metrics.evaluation import read_results as read_results
 from vision3dgen.metrics.evaluator import Evaluator as Evaluator
 from vision3dgen.metrics.evaluator import Scores as Scores
 from vision3dgen.metrics.evaluator import ShapeEvaluator as ShapeEvaluator
+from vision3dgen.metrics.generation import Features as Features
+from vision3dgen.metrics.generation import GenerationEvaluator as GenerationEvaluator
+from vision3dgen.metrics.generation import GenerationScores as GenerationScores
+from vision3dgen.metrics.generation import InceptionScore as InceptionScore
+from vision3dgen.metrics.generation import Kid as Kid
+from vision3dgen.metrics.generation import Manifold as Manifold
+from vision3dgen.metrics.generation import Moments as Moments
+from vision3dgen.metrics.generation import Pair as Pair
+from vision3dgen.metrics.generation import SetScores as SetScores
+from vision3dgen.metrics.generation import fid as fid
+from vision3dgen.metrics.generation import frechet_distance as frechet_distance
+from vision3dgen.metrics.generation import inception_score as inception_score
+from vision3dgen.metrics.generation import jensen_shannon as jensen_shannon
+from vision3dgen.metrics.generation import kid as kid
+from vision3dgen.metrics.generation import manifold as manifold
+from vision3dgen.metrics.generation import moments as moments
+from vision3dgen.metrics.generation import polynomial_mmd as polynomial_mmd
+from vision3dgen.metrics.generation import quantize as quantize
+from vision3dgen.metrics.generation import set_distances as set_distances
+from vision3dgen.metrics.generation import set_scores as set_scores
 from vision3dgen.metrics.language import Bleu as Bleu
 from vision3dgen.metrics.language import Caption as Caption
 from vision3dgen.metrics.language import CaptionEvaluator as CaptionEvaluator
@@ -46,6 +66,7 @@ EVALUATIONS: dict[str, type[Evaluator]] = {
     "shapes": ShapeEvaluator,
     "classes": ClassEvaluator,
     "captions": CaptionEvaluator,
+    "generation": GenerationEvaluator,
     "language": LanguageEvaluator,
     "likelihood": LikelihoodEvaluator,
 }
