@@ -1,5 +1,6 @@
 """One image in, one shape out: a backbone and a head."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -14,16 +15,80 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class SingleView(nn.Module):
+class Reconstruction(nn.Module, ABC):
+    """Shapes from what a batch holds under `takes`, by a head: all of a model but the way from the one to the other."""
+
+    parts = ("model",)
+    takes: str
+    head: Head
+
+    @abstractmethod
+    def see(self, batch: dict[str, Any]) -> Any:
+        """The head's own kind of prediction for a batch."""
+
+    def loss(self, batch: dict[str, Any], part: str = "model") -> dict[str, Tensor]:
+        return self.head.loss(self.see(batch), batch)
+
+    def expected_initial_loss(self, batch: dict[str, Any]) -> float | None:
+        """What the head says its loss should be before training."""
+        return self.head.expected_initial_loss(batch)
+
+    @torch.no_grad()
+    def validation_metrics(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Per item (B,): the loss, what the head measures, and where it knows an inside the IoU at the query points."""
+        raw = self.see(batch)
+        loss = self.head.loss(raw, batch)["loss"]
+        measured = {"loss": loss.expand(len(batch[self.takes])), **self.head.validation_metrics(raw, batch)}
+        if self.head.threshold is not None:
+            probability = self._occupancy(raw, batch["points"], batch)
+            measured["iou"] = point_iou(probability >= self.head.threshold, batch["occupancies"] > 0.5)
+        return measured
+
+    @torch.no_grad()
+    def predict(self, batch: dict[str, Any]) -> list[Prediction]:
+        """What the evaluator and the viewer take: one prediction per item, in the head's frame."""
+        raw = self.see(batch)
+        size = len(batch[self.takes])
+        device = next(self.parameters()).device
+        shapes = self.head.shape(raw)
+        maps = self.head.maps(raw)
+        voxels: list[Tensor | None] = [None] * size
+        if self.head.threshold is not None:
+            grid = GridSpec.cube(32)
+            centers = grid.points(device=device).view(1, -1, 3).expand(size, -1, -1)
+            voxels = list(self._occupancy(raw, centers, batch).view(-1, *grid.shape))
+        return [
+            Prediction(
+                shape=shapes[index],
+                voxels=voxels[index],
+                frame=Frame("camera") if self.head.frame == "camera" else batch["frame"][index],
+                maps={name: values[index] for name, values in maps.items()},
+            )
+            for index in range(size)
+        ]
+
+    def _occupancy(self, raw: Any, points: Float[Tensor, "B N 3"], batch: dict[str, Any]) -> Float[Tensor, "B N"]:
+        """What the head says of points of the object frame."""
+        if self.head.frame == "camera":
+            pairs = zip(points, batch["frame"], batch["camera"])
+            points = torch.stack([camera.world_to_camera(frame.denormalize(own)) for own, frame, camera in pairs])
+        probability = self.head.occupancy(raw, points)
+        assert probability is not None
+        return probability
+
+
+class SingleView(Reconstruction):
     """Shape from one image: `head(backbone(normalized image))`.
 
     Images are (B, 3, H, W) in [0, 1] and are normalized here with ImageNet's mean and deviation.
     """
 
-    parts = ("model",)
+    takes = "image"
 
     def __init__(self, backbone: nn.Module, head: Head):
         super().__init__()
+        if head.layout is not None:
+            raise ValueError(f"{type(head).__name__} reads local features, which images do not have: use an encoder")
         self.backbone = backbone
         self.head = head
         self.mean: Tensor
@@ -40,54 +105,5 @@ class SingleView(nn.Module):
         height, width = images.shape[-2:]
         return self.head(self.features(images), View((height, width), cameras))
 
-    def loss(self, batch: dict[str, Any], part: str = "model") -> dict[str, Tensor]:
-        return self.head.loss(self._see(batch), batch)
-
-    def expected_initial_loss(self, batch: dict[str, Any]) -> float | None:
-        """What the head says its loss should be before training."""
-        return self.head.expected_initial_loss(batch)
-
-    @torch.no_grad()
-    def validation_metrics(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Per item (B,): the loss, what the head measures, and where it knows an inside the IoU at the query points."""
-        raw = self._see(batch)
-        loss = self.head.loss(raw, batch)["loss"]
-        measured = {"loss": loss.expand(len(batch["image"])), **self.head.validation_metrics(raw, batch)}
-        if self.head.threshold is not None:
-            probability = self._occupancy(raw, batch["points"], batch)
-            measured["iou"] = point_iou(probability >= self.head.threshold, batch["occupancies"] > 0.5)
-        return measured
-
-    @torch.no_grad()
-    def predict(self, batch: dict[str, Any]) -> list[Prediction]:
-        """What the evaluator and the viewer take: one prediction per image, in the head's frame."""
-        raw = self._see(batch)
-        size = len(batch["image"])
-        shapes = self.head.shape(raw)
-        maps = self.head.maps(raw)
-        voxels: list[Tensor | None] = [None] * size
-        if self.head.threshold is not None:
-            grid = GridSpec.cube(32)
-            centers = grid.points(device=batch["image"].device).view(1, -1, 3).expand(size, -1, -1)
-            voxels = list(self._occupancy(raw, centers, batch).view(-1, *grid.shape))
-        return [
-            Prediction(
-                shape=shapes[index],
-                voxels=voxels[index],
-                frame=Frame("camera") if self.head.frame == "camera" else batch["frame"][index],
-                maps={name: values[index] for name, values in maps.items()},
-            )
-            for index in range(size)
-        ]
-
-    def _see(self, batch: dict[str, Any]) -> Any:
+    def see(self, batch: dict[str, Any]) -> Any:
         return self(batch["image"], batch.get("camera"))
-
-    def _occupancy(self, raw: Any, points: Float[Tensor, "B N 3"], batch: dict[str, Any]) -> Float[Tensor, "B N"]:
-        """What the head says of points of the object frame."""
-        if self.head.frame == "camera":
-            pairs = zip(points, batch["frame"], batch["camera"])
-            points = torch.stack([camera.world_to_camera(frame.denormalize(own)) for own, frame, camera in pairs])
-        probability = self.head.occupancy(raw, points)
-        assert probability is not None
-        return probability
