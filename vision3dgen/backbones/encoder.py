@@ -47,7 +47,7 @@ class PointCode(Encoder):
         self.network = network
         self.channels = [network.code_channels]
 
-    def forward(self, shapes: Pointclouds | Float[Tensor, "B N 3"]) -> list[Tensor]:
+    def forward(self, shapes: Pointclouds | Float[Tensor, "B N D"]) -> list[Tensor]:
         return [self.network(shapes).code[..., None, None]]
 
 
@@ -149,7 +149,7 @@ class LocalPoolPointnet(LocalEncoder):
         self.blocks = nn.ModuleList(ResidualLinear(2 * hidden, hidden) for _ in range(blocks))
         self.fc_c = nn.Linear(hidden, code_channels)
 
-    def forward(self, shapes: Pointclouds | Float[Tensor, "B N 3"]) -> list[Tensor]:
+    def forward(self, shapes: Pointclouds | Float[Tensor, "B N D"]) -> list[Tensor]:
         clouds = as_clouds(shapes)
         points, owner, batch = clouds.packed, clouds.owner, len(clouds.lengths)
         cells = [self._used_cells(points, owner, plane) for plane in self.layout.planes]

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 class ResidualLinear(nn.Module):
     """Two linear layers on each row, a ReLU before either, beside the identity or a linear shortcut.
 
-    x (*N, inputs) -> (*N, outputs): shortcut(x) + fc_1(relu(fc_0(relu(x)))). It starts as the shortcut alone. Names and
-    initialization are those of Occupancy Networks (Mescheder et al. 2019, arXiv:1812.03828).
+    x (*N, inputs) -> (*N, outputs): shortcut(x) + fc_1(relu(fc_0(relu(x)))). It starts as the shortcut plus a constant.
+    Names and initialization are those of Occupancy Networks (Mescheder et al. 2019, arXiv:1812.03828).
     """
 
     def __init__(self, inputs: int, outputs: int):
