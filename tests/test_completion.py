@@ -45,7 +45,7 @@ def local(encoder):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("shapes")
-    prepare_procedural(root, shapes_per_category=5, categories=["table", "sofa"], views=1, points=2000, seed=0)
+    prepare_procedural(root, shapes_per_category=5, categories=["table", "sofa"], views=1, points=2500, seed=0)
     return root
 
 
@@ -192,7 +192,7 @@ def test_input_clouds_are_noisy_samples_drawn_by_seed_epoch_and_index(data):
 def test_faults_of_input_clouds_are_named(data):
     with pytest.raises(ValueError, match=r"points of at least 1 .* got InputCloud\(points=0"):
         ShapeNet(data, "train", fields=("cloud",), cloud=InputCloud(points=0))
-    with pytest.raises(ValueError, match=r"cloud\.points of .*: 3000 asked for, the file has 2000"):
+    with pytest.raises(ValueError, match=r"cloud\.points of .*: 3000 asked for, the file has 2500"):
         ShapeNet(data, "train", fields=("cloud",), cloud=InputCloud(points=3000))[0]
 
 
