@@ -226,18 +226,15 @@ def test_a_tiny_configuration_trains_and_shows_what_it_was_given(runs, name):
 
 
 @pytest.mark.slow
-def test_a_file_is_completed_where_it_is(runs, data, tmp_path):
+def test_a_file_is_completed_where_it_is(runs, tmp_path, monkeypatch):
     run = Run.open(runs / TINY[0])
     model = run.model()
     with torch.no_grad():
         model.head.decoder.fc_out.bias.fill_(2.0)  # full almost everywhere, so that there is a shape
     points = torch.rand(100, 3, generator=torch.Generator().manual_seed(0)) * 7 + torch.tensor([100.0, 0, -50])
     save_pointcloud(tmp_path / "scan.ply", Pointclouds([points]))
-    Run.model = lambda self, device="cpu": model
-    try:
-        written = run.reconstruct([tmp_path / "scan.ply"], tmp_path / "out")
-    finally:
-        del Run.model
+    monkeypatch.setattr(Run, "model", lambda self, device: model)
+    written = run.reconstruct([tmp_path / "scan.ply"], tmp_path / "out")
     assert [path.name for path in written] == ["scan.glb", "scan.ply"]
     box = load_mesh(written[1]).get_bounding_boxes()[0]
     np.testing.assert_allclose(box.mean(1), [103.5, 3.5, -46.5], atol=0.5)
