@@ -1,6 +1,7 @@
 """Heads that predict fields: latent codes, local features, extraction."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from tests.published import filled, shapes_of
+from tests.test_docs import python_blocks
 from vision3dgen.heads import LocalDecoder, LocalOccupancyHead, OccupancyHead
 from vision3dgen.heads.occupancy import LatentEncoder, OccupancyDecoder, Posterior
 from vision3dgen.ops import FeatureLayout, extract_surface, isosurface
@@ -221,3 +223,19 @@ def test_a_head_simplifies_and_refines():
 def test_faults_of_a_head_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         OccupancyHead([3], **settings)
+
+
+# -------------------------------------------------------------------------------------------------- documentation
+
+PAGE = Path(__file__).parents[1] / "docs" / "occupancy.md"
+
+
+@pytest.mark.parametrize("index, block", list(enumerate(python_blocks(PAGE))))
+def test_examples_of_the_page_run_and_print_what_it_says(index, block, capsys):
+    exec(compile(block, f"docs/occupancy.md, example {index}", "exec"), {})
+    printed = capsys.readouterr().out
+    if index == 0:
+        assert f"```\n{printed}```" in PAGE.read_text()
+    else:
+        rough, fine = map(float, printed.split())
+        assert fine < 0.5 * rough

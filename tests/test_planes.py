@@ -40,6 +40,16 @@ def test_a_linear_map_is_read_as_it_is(plane):
     torch.testing.assert_close(layout.sample([maps], points)[..., 0], expected)
 
 
+@pytest.mark.parametrize(
+    "plane, cell", [("xz", (1, 6)), ("xy", (3, 6)), ("yz", (1, 3)), ("grid", (1, 2, 4))]
+)  # of 7, or 5
+def test_maps_have_their_first_axis_last(plane, cell):
+    point = torch.tensor([[0.5, 0.0, -0.33]])  # x at the far end, y in the middle, z near the low end
+    sides = LAYOUT.sides(plane)
+    values = mean_by_cell(torch.ones(1, 1), LAYOUT.cells(point, plane), torch.Size(sides).numel()).view(*sides)
+    assert values.nonzero().tolist() == [list(cell)]
+
+
 def test_maps_are_summed_and_an_outside_point_reads_the_border():
     maps = [draw(2, 3, *LAYOUT.sides(plane), seed=seed) for seed, plane in enumerate(LAYOUT.planes)]
     points = (draw(2, 11, 3, seed=9) - 0.5) * 1.1
