@@ -1,6 +1,7 @@
 """Published checkpoints, here made by the rule of the recorded outputs, to runs and back."""
 
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 from tests.published import OUTPUTS, filled, layout, shapes_of, uniform
 from vision3dgen import cli
+from vision3dgen.backbones import read_weights
 from vision3dgen.convert import CONVERSIONS, convert, convert_back, write_published, write_run
 from vision3dgen.experiment import Run, build_parts
 from vision3dgen.models import MODELS
@@ -184,6 +186,19 @@ def test_counters_that_old_files_lack_are_zero(make, tmp_path):
     assert conversion.is_whole
     model = write_run(conversion, tmp_path / "run").model()
     assert model.head.decoder.bn.bn.num_batches_tracked == 0
+
+
+def test_numbers_of_an_older_numpy_are_read(make, shared_data, tmp_path):
+    """Checkpoints of 2019 name a module that NumPy 2 has renamed."""
+    with zipfile.ZipFile(make("onet_pointcloud")) as new, zipfile.ZipFile(tmp_path / "old.pt", "w") as old:
+        for name in new.namelist():
+            content = new.read(name)
+            if name.endswith("data.pkl"):
+                content = content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+                assert b"numpy.core.multiarray" in content
+            old.writestr(name, content)
+    state = read_weights(tmp_path / "old.pt")
+    assert same_bits(state, filled(layout(shared_data, "onet_pointcloud")))
 
 
 def test_other_networks_and_other_files_are_named(make, tmp_path, capsys):
