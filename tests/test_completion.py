@@ -45,7 +45,7 @@ def local(encoder):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("shapes")
-    prepare_procedural(root, shapes_per_category=5, categories=["table", "sofa"], views=1, points=2500, seed=0)
+    prepare_procedural(root, shapes_per_category=5, categories=["sofa"], views=1, points=2500, seed=0)
     return root
 
 
@@ -79,17 +79,17 @@ def test_encoders_and_heads_that_fit_train_and_predict(batch, name):
     assert model.expected_initial_loss(batch) > 0
 
 
-def test_ten_steps_learn_a_batch(batch):
+def test_a_few_steps_learn_a_batch(batch):
     model = local("local_pool_pointnet")
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     losses = []
-    for _ in range(40):
+    for _ in range(25):
         optimizer.zero_grad()
         loss = model.loss(batch)["loss"]
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert losses[-1] < 0.35 * losses[0]
+    assert losses[-1] < 0.4 * losses[0]
 
 
 def test_only_parts_that_fit_are_joined():
@@ -204,7 +204,7 @@ TINY = ["implicit_convonet_planes_quick", "implicit_onet_voxels_shapenet"]
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    given = [f"data.root={data}", "prepare=null"]
+    given = [f"data.root={data}", "prepare=null", "loader.batch_size=2"]
     for name in TINY:
         arguments = ["train", f"configs/{name}.yaml", "--preset", "tiny", "--out", str(folder / name), *given]
         assert cli.main(arguments) == 0

@@ -1,11 +1,10 @@
 """Encoders of clouds and voxels: maps as a backbone gives them."""
 
-import numpy as np
 import pytest
 import torch
 
 from tests import naive
-from tests.published import OUTPUTS, filled, layout, shapes_of
+from tests.published import shapes_of
 from vision3dgen.backbones import (
     ENCODERS,
     POINT_ENCODERS,
@@ -137,18 +136,6 @@ def test_the_voxel_encoder_has_the_published_layout():
         expected |= {f"{name}.weight": [outputs, inputs, 3, 3, 3], f"{name}.bias": [outputs]}
     expected |= {"fc.weight": [256, 512 * 2 * 2 * 2], "fc.bias": [256]}
     assert shapes_of(VoxelEncoder()) == expected
-
-
-@pytest.mark.parametrize("name", ["convonet_3plane", "convonet_grid32"])
-def test_local_encoders_have_the_published_layout(shared_data, name):
-    planes = ("grid",) if name == "convonet_grid32" else ("xz", "xy", "yz")
-    made = LocalPoolPointnet(FeatureLayout(planes))
-    published = layout(shared_data, name)
-    expected = {key.removeprefix("encoder."): value for key, value in published.items() if key.startswith("encoder.")}
-    assert shapes_of(made) == expected
-    made.load_state_dict({key: filled(published)[f"encoder.{key}"] for key in expected}, strict=True)
-    cloud = torch.from_numpy(np.load(shared_data / OUTPUTS / "forward.npz")[f"{name}/pointcloud"])
-    assert torch.isfinite(torch.stack(made(cloud))).all()
 
 
 @pytest.mark.parametrize(
