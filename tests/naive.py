@@ -521,3 +521,35 @@ def manifold(real, generated, nearest):
     recall = sum(any(distance(r, g) <= reach_generated[j] for j, g in enumerate(generated)) for r in real) / len(real)
     coverage = sum(any(distance(r, g) <= reach_real[i] for g in generated) for i, r in enumerate(real)) / len(real)
     return precision, recall, density, coverage
+
+
+def local_cell(point, axes, resolution, padding):
+    """The index of the cell of a point along each axis of a plane or grid, by the authors' formula."""
+    margin = 1e-3 if len(axes) == 3 else 1e-5
+    index = []
+    for axis in axes:
+        at = float(point[axis]) / (1 + padding + margin) + 0.5
+        at = 1 - margin if at >= 1 else max(at, 0.0)
+        index.append(int(at * resolution))
+    return tuple(index)
+
+
+def cell_means(features, points, axes, resolution, padding):
+    """(C, *cells), the first axis last: the mean of the features of the points of each cell, 0 where there are none."""
+    members = {}
+    for feature, point in zip(features, points):
+        members.setdefault(local_cell(point, axes, resolution, padding)[::-1], []).append(feature)
+    out = torch.zeros(features.shape[1], *(resolution,) * len(axes), dtype=features.dtype)
+    for cell, rows in members.items():
+        out[(slice(None), *cell)] = sum(rows) / len(rows)
+    return out
+
+
+def cell_maxima(features, points, axes, resolution, padding):
+    """For each point the maximum of each channel over the points of its cell."""
+    cells = [local_cell(point, axes, resolution, padding) for point in points]
+    rows = []
+    for cell in cells:
+        own = [feature for feature, other in zip(features, cells) if other == cell]
+        rows.append([max(float(feature[c]) for feature in own) for c in range(features.shape[1])])
+    return torch.tensor(rows, dtype=features.dtype)

@@ -44,7 +44,9 @@ def same(a, b) -> bool:
     if isinstance(a, Meshes):
         return torch.equal(a.verts_packed(), b.verts_packed()) and torch.equal(a.faces_packed(), b.faces_packed())
     if isinstance(a, Pointclouds):
-        return torch.equal(a.points_packed(), b.points_packed()) and torch.equal(a.normals_packed(), b.normals_packed())
+        normals = [shape.normals_packed() for shape in (a, b)]
+        same_normals = normals == [None, None] or torch.equal(*normals)
+        return torch.equal(a.points_packed(), b.points_packed()) and same_normals
     if isinstance(a, Camera):
         return torch.equal(a.rotation, b.rotation) and torch.equal(a.intrinsics, b.intrinsics)
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b

@@ -69,7 +69,7 @@ HEADS = {
 
 @pytest.mark.parametrize("name", HEADS)
 def test_the_occupancy_of_a_prediction_is_its_networks(name, monkeypatch):
-    monkeypatch.setattr("vision3dgen.models.single_view.POINTS_AT_ONCE", 13)
+    monkeypatch.setattr("vision3dgen.models.reconstruction.POINTS_AT_ONCE", 13)
     torch.manual_seed(0)
     model = SingleView(Mean(), HEADS[name]()).eval()
     batch = batch_of(3)

@@ -51,11 +51,13 @@ def _parser() -> argparse.ArgumentParser:
     _device(evaluate)
 
     reconstruct = _command(
-        commands, "reconstruct", _reconstruct, "shapes from image files",
+        commands, "reconstruct", _reconstruct, "shapes from images, or from the clouds or voxels a model completes",
         "vision3dgen reconstruct runs/x chair.png --out out",
     )  # fmt: skip
     reconstruct.add_argument("run_folder", type=Path, metavar="RUN")
-    reconstruct.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="PNG, with alpha or on white")
+    reconstruct.add_argument(
+        "inputs", type=Path, nargs="+", metavar="FILE", help="PNG, with alpha or on white; ply, npz or xyz; binvox"
+    )
     reconstruct.add_argument("--out", type=Path, required=True, help="folder for NAME.glb and NAME.ply")
     _device(reconstruct)
 
@@ -123,6 +125,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--out", type=Path, help="folder for doctor.json, and doctor.png of an experiment")
     _device(doctor)
+
+    convert = _command(
+        commands, "convert", _convert, "published weights to a run folder, and back",
+        "vision3dgen convert onet onet_pcl2mesh.pt runs/onet",
+    )  # fmt: skip
+    convert.add_argument("system", metavar="SYSTEM", help="whose network: onet, convonet, ...")
+    convert.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a torch or safetensors file")
+    convert.add_argument("out", type=Path, metavar="OUT", help="run folder to write")
+    convert.add_argument(
+        "--back", action="store_true", help="CHECKPOINT is a run folder or its safetensors file, OUT a torch file"
+    )
 
     sweep = _command(
         commands, "sweep", _sweep, "search hyper-parameters: many runs, a table and a picture",
@@ -205,7 +218,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _reconstruct(options: argparse.Namespace) -> int:
     from vision3dgen.experiment import Run
 
-    written = Run.open(options.run_folder).reconstruct(options.images, options.out, device=_chosen(options.device))
+    written = Run.open(options.run_folder).reconstruct(options.inputs, options.out, device=_chosen(options.device))
     for path in written:
         print(path)
     return 0
@@ -301,6 +314,21 @@ def _doctor(options: argparse.Namespace) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         doctor.write_findings(findings, options.out / "doctor.json")
     return 0 if doctor.is_sound(findings) else 1
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from vision3dgen import convert
+
+    there = convert.convert_back if options.back else convert.convert
+    conversion = there(options.system, options.checkpoint)
+    print(conversion.to_text())
+    if not conversion.is_whole:
+        print(f"{options.checkpoint} does not fit, nothing is written", file=sys.stderr)
+        return 1
+    write: Any = convert.write_published if options.back else convert.write_run
+    write(conversion, options.out)
+    print(f"written to {options.out}")
+    return 0
 
 
 def _sweep(options: argparse.Namespace) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from vision3dgen import __version__, engine
-from vision3dgen.backbones import BACKBONES, LoadedWeights, load_weights
+from vision3dgen.backbones import BACKBONES, ENCODERS, POINT_ENCODERS, LoadedWeights, load_weights
 from vision3dgen.config import Config, ConfigError, Named, arguments, build, choose, construct, load, save
 from vision3dgen.datasets import AUGMENTATIONS, CATEGORIES, DATASETS, PREPARE, Augment, Augmented, collate
 from vision3dgen.engine import Data, Trainer, to_device
@@ -33,7 +33,7 @@ from vision3dgen.engine.processes import processes
 from vision3dgen.files import atomic_write
 from vision3dgen.generators import GENERATORS
 from vision3dgen.heads import HEADS
-from vision3dgen.io import read_image, save_mesh, save_npz
+from vision3dgen.io import load_pointcloud, read_binvox, read_image, save_mesh, save_npz
 from vision3dgen.metrics import (
     EVALUATIONS,
     Evaluator,
@@ -46,15 +46,19 @@ from vision3dgen.metrics import (
     quantize,
 )
 from vision3dgen.models import DECODERS, MODELS, Classifier
-from vision3dgen.structures import Frame
-from vision3dgen.viz import Sample, Shown, image_grid, show
+from vision3dgen.structures import Frame, GridSpec, Pointclouds
+from vision3dgen.viz import Sample, Shown, Voxels, image_grid, show
+from vision3dgen.viz.scene import Shape
 
 PARTS: dict[str, Mapping[str, Callable[..., Any]]] = {  # sections of a model that are built first, in this order
     "trunk": BACKBONES,
     "backbone": BACKBONES,
+    "network": POINT_ENCODERS,
+    "encoder": ENCODERS,
     "head": HEADS,
     "decoder": DECODERS,
 }
+GIVEN_TO_PARTS = ("channels", "strides", "layout")  # what parts beside a backbone or an encoder may ask to be given
 GIVEN_TO_TRAINER = ("model", "data", "run_dir", "seed")  # what the experiment passes beside the configuration
 
 
@@ -213,7 +217,8 @@ class Batches(Sequence[dict[str, Any]]):
 def build_parts(node: Any, table: Mapping[str, Callable[..., Any]], /, *, where: str = "", **given: Any) -> Any:
     """`config.build`, after the sections of `node` that `PARTS` names, which are built and passed in the same way.
 
-    The parts beside a `backbone` whose constructors take `channels` or `strides` are given the backbone's.
+    The parts beside a `backbone` or an `encoder` whose constructors take `channels`, `strides` or `layout` are given
+    its own; ConfigError where it has none.
     """
     target, rest = choose(node, table, where=where)
     parts: dict[str, Any] = {}
@@ -223,8 +228,16 @@ def build_parts(node: Any, table: Mapping[str, Callable[..., Any]], /, *, where:
             continue  # an annotated one says itself of which table it is
         inside = f"{where}.{key}" if where else key
         part, _ = choose(rest[key], choices, where=inside)
-        wanted = {"channels", "strides"} & set(inspect.signature(part).parameters) if "backbone" in parts else set()
-        own = {name: getattr(parts["backbone"], name) for name in sorted(wanted)}
+        own: dict[str, Any] = {}
+        for source in {"backbone", "encoder"} & parts.keys():
+            for name in GIVEN_TO_PARTS:
+                parameter = inspect.signature(part).parameters.get(name)
+                value = getattr(parts[source], name, None)
+                if parameter is not None and value is not None:
+                    own[name] = value
+                elif parameter is not None and parameter.default is parameter.empty:
+                    named, of = rest[key]["name"], rest[source]["name"]
+                    raise ConfigError(f"{inside}: {named!r} needs {name}, which the {source} {of!r} does not have")
         parts[key] = build_parts(rest[key], choices, where=inside, **own)
     return build(_without(node, *parts), table, where=where, **parts, **given)
 
@@ -311,35 +324,54 @@ class Run:
         engine.load_weights(model, self.checkpoint())
         return model.to(device).eval()
 
-    def reconstruct(self, images: Sequence[Path], out: Path, *, device: torch.device | str = "cpu") -> list[Path]:
-        """Shapes of image files as NAME.glb and NAME.ply in `out`, in the canonical frame: one image has no scale.
+    def reconstruct(self, inputs: Sequence[Path], out: Path, *, device: torch.device | str = "cpu") -> list[Path]:
+        """Shapes of files as NAME.glb and NAME.ply in `out`: images, or the clouds or voxels that the model completes.
 
-        Pictures with alpha are put on white. They should be square and show one object, as the training images do.
+        Of an image the shape is in the canonical frame, for it has no scale; it should be square and show one object,
+        as the training images do, and alpha is put on white. Of a cloud (ply, npz, xyz) or voxels (binvox) it is where
+        the input is.
         """
         self._require_shapes("reconstruct")
-        predict = predictor(self.model(device), device)
-        size = self.experiment.dataset("train").image_size
+        model = self.model(device)
+        predict = predictor(model, device)
         out.mkdir(parents=True, exist_ok=True)
         written = []
-        for path in images:
-            image = _on_white(torch.from_numpy(read_image(path)))
-            image = interpolate(image[None], (size, size), mode="bilinear", antialias=True).clamp(0, 1)
-            batch = {"image": image, "frame": [Frame("object")]}
-            (prediction,) = predict(batch)
+        for path in inputs:
+            (prediction,) = predict(self._read_input(path, str(model.takes)))
             if prediction.shape is None or prediction.shape.isempty():
                 warnings.warn(f"{path}: the prediction is empty, no file is written for it", stacklevel=2)
                 continue
+            assert prediction.frame is not None
             for suffix in ("glb", "ply"):
                 written.append(out / f"{path.stem}.{suffix}")
-                save_mesh(written[-1], prediction.shape)
+                save_mesh(written[-1], prediction.frame.denormalize(prediction.shape))
         return written
+
+    def _read_input(self, path: Path, takes: str) -> dict[str, Any]:
+        """A batch of one of what a model takes, in its frame."""
+        if takes == "cloud":
+            points = load_pointcloud(path).points_packed()
+            if not len(points):
+                raise ValueError(f"{path}: the cloud is empty: there is nothing to complete")
+            frame = Frame.longest_edge(points)
+            return {"cloud": frame.normalize(Pointclouds([points])), "frame": [frame]}
+        if takes == "voxels":
+            voxels, (x, y, z), scale = read_binvox(path)
+            frame = Frame("object", (x + scale / 2, y + scale / 2, z + scale / 2), scale)
+            return {"voxels": voxels.float()[None], "frame": [frame]}
+        size = self.experiment.data.get("image_size") or self.experiment.dataset("train").image_size
+        image = _on_white(torch.from_numpy(read_image(path)))
+        image = interpolate(image[None], (size, size), mode="bilinear", antialias=True).clamp(0, 1)
+        return {"image": image, "frame": [Frame("object")]}
 
     def view(self, items: int, out: Path, *, device: torch.device | str = "cpu") -> Shown:
         """Show predictions beside truths for test items spread over the split; without a display, as files in `out`."""
         self._require_shapes("view")
-        dataset = self.experiment.dataset(self.experiment.evaluation.split, fields=("image", "camera", "mesh"))
-        predict = predictor(self.model(device), device)
-        return show(samples(dataset, items, {self.folder.name: predict}), out)
+        model = self.model(device)
+        fields = ("image", "camera", "mesh") if model.takes == "image" else (str(model.takes), "mesh")
+        dataset = self.experiment.dataset(self.experiment.evaluation.split, fields=fields)
+        found = samples(dataset, items, {self.folder.name: predictor(model, device)}, takes=str(model.takes))
+        return show(found, out)
 
     def sample(
         self, n: int, out: Path, *, classes: Sequence[int] = (), temperature: float | None = None, seed: int = 0,
@@ -463,18 +495,28 @@ def generated(
 
 
 def samples(
-    dataset: Any, count: int, predictors: Mapping[str, Callable[[Mapping[str, Any]], Sequence[Prediction]]]
+    dataset: Any,
+    count: int,
+    predictors: Mapping[str, Callable[[Mapping[str, Any]], Sequence[Prediction]]],
+    *,
+    takes: str = "image",
 ) -> list[Sample]:
-    """What each predictor makes of `count` items spread evenly over a dataset, for the viewer."""
+    """What each predictor makes of `count` items spread evenly over a dataset, for the viewer, beside what it takes."""
     found = []
     for index in sorted({round(i * (len(dataset) - 1) / max(count - 1, 1)) for i in range(count)}):
         item = dataset[index]
         batch = collate([item])
-        shapes = {name: predict(batch)[0].shape for name, predict in predictors.items()}
+        shapes: dict[str, Shape | None] = {"input": _drawable(item[takes])} if takes != "image" else {}
+        shapes |= {name: predict(batch)[0].shape for name, predict in predictors.items()}
         synset, model, view = item["id"].split("/")
         title = f"{CATEGORIES.get(synset, synset)} {model[:8]} {view}"
-        found.append(Sample(item["image"], item["mesh"], shapes, item["camera"], item["frame"], title))
+        found.append(Sample(item.get("image"), item["mesh"], shapes, item.get("camera"), item["frame"], title))
     return found
+
+
+def _drawable(given: Any) -> Shape:
+    """What a model that takes shapes was given, for the viewer."""
+    return Voxels(given > 0.5, GridSpec.cube(len(given))) if isinstance(given, Tensor) else given
 
 
 def score(

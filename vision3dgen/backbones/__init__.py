@@ -1,4 +1,7 @@
-"""Feature extractors: images (B, C, H, W) -> list of maps, fine to coarse, with `.channels` and `.strides`."""
+"""Feature extractors: images (B, C, H, W) -> list of maps, fine to coarse, with `.channels` and `.strides`.
+
+`ENCODERS` do the same with point clouds and voxels.
+"""
 
 from collections.abc import Callable
 
@@ -10,6 +13,12 @@ from vision3dgen.backbones.convnet import alexnet as alexnet
 from vision3dgen.backbones.convnet import vgg as vgg
 from vision3dgen.backbones.convnet import vgg11_bn as vgg11_bn
 from vision3dgen.backbones.convnet import vgg16 as vgg16
+from vision3dgen.backbones.encoder import ENCODERS as ENCODERS
+from vision3dgen.backbones.encoder import Encoder as Encoder
+from vision3dgen.backbones.encoder import LocalPoolPointnet as LocalPoolPointnet
+from vision3dgen.backbones.encoder import LocalVoxelEncoder as LocalVoxelEncoder
+from vision3dgen.backbones.encoder import PointCode as PointCode
+from vision3dgen.backbones.encoder import VoxelEncoder as VoxelEncoder
 from vision3dgen.backbones.fpn import FPN as FPN
 from vision3dgen.backbones.fpn import FPNS as FPNS
 from vision3dgen.backbones.fpn import resnet_fpn as resnet_fpn

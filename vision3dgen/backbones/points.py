@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vision3dgen.checks import check_shape
+from vision3dgen.layers import ResidualLinear
 from vision3dgen.ops import ball_query, knn_gather, knn_points, sample_farthest_points
 from vision3dgen.ops.points import PointcloudsLike
 
@@ -66,6 +67,20 @@ def clouds_of(padded: Float[Tensor, "B N 3"], lengths: Int[Tensor, " B"]) -> Clo
     return Clouds(padded.where(exists[..., None], 0), lengths, exists)
 
 
+def as_clouds(points: Float[Tensor, "B N D"] | PointcloudsLike, lengths: Int[Tensor, " B"] | None = None) -> Clouds:
+    """Padded points with their lengths (all of them without), or a batch of point clouds; a ValueError if not that."""
+    if not isinstance(points, Tensor):
+        cloud: PointcloudsLike = points
+        points, lengths = cloud.points_padded(), cloud.num_points_per_cloud()
+    size = check_shape(points=(points, "B N 3"))
+    if lengths is None:
+        lengths = torch.full((size["B"],), size["N"], device=points.device)
+    check_shape(lengths=(lengths, str(size["B"])))
+    if size["B"] and not 0 <= int(lengths.min()) <= int(lengths.max()) <= size["N"]:
+        raise ValueError(f"lengths must be from 0 to the {size['N']} points given, got {lengths.tolist()}")
+    return clouds_of(points, lengths.to(points.device))
+
+
 class PointEncoder(nn.Module, ABC):
     """Point clouds to `PointFeatures`, with `code_channels` and `channels` (of the features of a point)."""
 
@@ -76,21 +91,13 @@ class PointEncoder(nn.Module, ABC):
         self, points: Float[Tensor, "B N D"] | PointcloudsLike, lengths: Int[Tensor, " B"] | None = None
     ) -> PointFeatures:
         """Encode padded points with their lengths (all of them without), or a batch of point clouds."""
-        if not isinstance(points, Tensor):
-            cloud: PointcloudsLike = points
-            points, lengths = cloud.points_padded(), cloud.num_points_per_cloud()
-        size = check_shape(points=(points, "B N 3"))
-        if lengths is None:
-            lengths = torch.full((size["B"],), size["N"], device=points.device)
-        check_shape(lengths=(lengths, str(size["B"])))
-        if size["B"] and not 0 <= int(lengths.min()) <= int(lengths.max()) <= size["N"]:
-            raise ValueError(f"lengths must be from 0 to the {size['N']} points given, got {lengths.tolist()}")
-        if self.training and int(lengths.sum()) < 2 and any(isinstance(m, nn.BatchNorm1d) for m in self.modules()):
+        clouds = as_clouds(points, lengths)
+        count = int(clouds.lengths.sum())
+        if self.training and count < 2 and any(isinstance(m, nn.BatchNorm1d) for m in self.modules()):
             raise ValueError(
-                f"batch normalization in training needs two points or more, got {int(lengths.sum())} in "
-                f"{size['B']} clouds"
+                f"batch normalization in training needs two points or more, got {count} in {len(clouds.lengths)} clouds"
             )
-        return self.encode(clouds_of(points, lengths.to(points.device)))
+        return self.encode(clouds)
 
     @abstractmethod
     def encode(self, clouds: Clouds) -> PointFeatures:
@@ -295,19 +302,6 @@ def _edge_mlp(inputs: int, outputs: int) -> nn.Sequential:
 # ------------------------------------------------------------------------------------ Occupancy Networks' encoder
 
 
-class _ResidualBlock(nn.Module):
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__()
-        width = min(inputs, outputs)
-        self.fc_0 = nn.Linear(inputs, width)
-        self.fc_1 = nn.Linear(width, outputs)
-        self.shortcut = nn.Linear(inputs, outputs, bias=False)
-        nn.init.zeros_(self.fc_1.weight)
-
-    def forward(self, x: Float[Tensor, "P C"]) -> Float[Tensor, "P C2"]:
-        return self.shortcut(x) + self.fc_1(self.fc_0(x.relu()).relu())
-
-
 class ResnetPointnet(PointEncoder):
     """Five residual layers on each point, each seeing the maximum of the one before; no normalization."""
 
@@ -315,11 +309,11 @@ class ResnetPointnet(PointEncoder):
         super().__init__()
         self.code_channels, self.channels = code_channels, hidden
         self.fc_pos = nn.Linear(3, 2 * hidden)
-        self.block_0 = _ResidualBlock(2 * hidden, hidden)
-        self.block_1 = _ResidualBlock(2 * hidden, hidden)
-        self.block_2 = _ResidualBlock(2 * hidden, hidden)
-        self.block_3 = _ResidualBlock(2 * hidden, hidden)
-        self.block_4 = _ResidualBlock(2 * hidden, hidden)
+        self.block_0 = ResidualLinear(2 * hidden, hidden)
+        self.block_1 = ResidualLinear(2 * hidden, hidden)
+        self.block_2 = ResidualLinear(2 * hidden, hidden)
+        self.block_3 = ResidualLinear(2 * hidden, hidden)
+        self.block_4 = ResidualLinear(2 * hidden, hidden)
         self.fc_c = nn.Linear(hidden, code_channels)
 
     def encode(self, clouds: Clouds) -> PointFeatures:

@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -80,7 +81,8 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise ValueError(f"{path}: a damaged or truncated safetensors file ({error})") from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_numpy_scalars()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path}: not a file of plain weights: it is damaged, or holds pickled objects, which can run code and are "
@@ -89,6 +91,13 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     except Exception as error:  # of any kind: torch's unpickler trusts the order of the bytes it reads
         raise ValueError(f"{path}: a damaged or truncated torch file ({_first_line(error)})") from error
     return _state_dict(content, path)
+
+
+def _numpy_scalars() -> list[Any]:
+    """What unpickles NumPy numbers, such as the best validation loss that checkpoints keep; it holds no code."""
+    make = np.float64(0).__reduce__()[0]
+    named = [(make, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    return [*named, np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8"))]
 
 
 def _first_line(error: Exception) -> str:

@@ -38,6 +38,7 @@ from vision3dgen.datasets.procedural import make_shape as make_shape
 from vision3dgen.datasets.scenes import make_scene as make_scene
 from vision3dgen.datasets.scenes import prepare_scenes as prepare_scenes
 from vision3dgen.datasets.scenes import sentences as sentences
+from vision3dgen.datasets.shapenet import InputCloud as InputCloud
 from vision3dgen.datasets.shapenet import ShapeNet as ShapeNet
 from vision3dgen.datasets.vocabulary import TextLines as TextLines
 from vision3dgen.datasets.vocabulary import Vocabulary as Vocabulary

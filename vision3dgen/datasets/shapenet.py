@@ -30,7 +30,7 @@ FOLDERS = {
     "samples": ("ShapeNet",),
     "geometry": ("ShapeNetGeometry",),
 }
-FIELDS = ("image", "mask", "depth", "normals", "camera", "voxels", "points", "surface", "mesh")
+FIELDS = ("image", "mask", "depth", "normals", "camera", "voxels", "points", "surface", "cloud", "mesh")
 PER_VIEW = frozenset(("image", "mask", "depth", "normals", "camera"))
 DEPTH_UNITS = 20_000.0  # per unit of the OBJ's coordinates, in 16-bit depth pictures: farthest 3.27, step 5e-5
 _MESHES = ("models/model_normalized.obj", "model.obj")  # v2, v1
@@ -51,6 +51,17 @@ class Problem(NamedTuple):
     required: bool  # whether a field asked for needs the file
 
 
+class InputCloud(NamedTuple):
+    """The sparse and noisy cloud that a shape is to be completed from: Occupancy Networks' by default.
+
+    points: samples of the surface, drawn without replacement; noise: standard deviation of what is added to each
+    coordinate, in units of the frame.
+    """
+
+    points: int = 300
+    noise: float = 0.005
+
+
 class View(NamedTuple):
     number: int
     azimuth: float  # degrees
@@ -67,7 +78,8 @@ class ShapeNet(torch.utils.data.Dataset[dict[str, Any]]):
     default the only one there), else from Occupancy Networks' *.lst files, else from 3D-R2N2's rule: the first 80 % of
     each category's sorted ids train, the others test. `split_name` says which.
     categories: synsets or names, default all there are. fields: which of image, mask, depth, normals, camera, voxels,
-    points (and occupancies), surface, mesh to read.
+    points (and occupancies), surface, cloud, mesh to read. cloud: how the points of that field, the input of a model,
+    are made of surface samples, from seed, epoch and index too.
     views: "all" (one item per view), "first", a number (that many first views), or "random" (one item per model, its
     view drawn from seed, epoch and index). Without a per-view field there is one item per model.
     points_per_item, surface_points: how many samples an item gets, drawn without replacement from seed, epoch and
@@ -93,6 +105,7 @@ class ShapeNet(torch.utils.data.Dataset[dict[str, Any]]):
         views: Literal["all", "first", "random"] | int = "all",
         points_per_item: int | None = None,
         surface_points: int | None = None,
+        cloud: InputCloud | None = None,
         image_size: int | None = None,
         render_size: int = 137,
         background: tuple[float, float, float] = (1.0, 1.0, 1.0),
@@ -114,6 +127,9 @@ class ShapeNet(torch.utils.data.Dataset[dict[str, Any]]):
         for name, count in (("points_per_item", points_per_item), ("surface_points", surface_points)):
             if count is not None and count < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {count}")
+        self.cloud = cloud or InputCloud()
+        if self.cloud.points < 1 or self.cloud.noise < 0:
+            raise ValueError(f"cloud needs points of at least 1 and noise of at least 0, got {self.cloud}")
         self.root, self.folders = _find_folders(root)
         self.split, self.fields, self.views, self.seed = split, tuple(dict.fromkeys(fields)), views, seed
         self.points_per_item, self.surface_points = points_per_item, surface_points
@@ -204,10 +220,18 @@ class ShapeNet(torch.utils.data.Dataset[dict[str, Any]]):
                     [_to_float(points[rows])],
                     [_to_float(normals[rows])],
                 )
+            elif name == "cloud":  # from a stream of its own: other fields and their order do not change it
+                item["cloud"] = self._input_cloud(model, rng.spawn(1)[0])
         item["frame"] = self.frame(model)
         item["category"] = model.synset
         item["id"] = _item_id(model, number)
         return item
+
+    def _input_cloud(self, model: Model, rng: np.random.Generator) -> Pointclouds:
+        points, _ = self._cached(self._surface, model)
+        chosen = points[_draw(rng, len(points), self.cloud.points, f"cloud.points of {model}")].astype(np.float32)
+        noise = rng.standard_normal(chosen.shape, dtype=np.float32) * np.float32(self.cloud.noise)
+        return Pointclouds([torch.from_numpy(chosen + noise)])
 
     def _cached(self, read: Any, *key: Any) -> Any:
         if not self._keep:
@@ -282,7 +306,7 @@ class ShapeNet(torch.utils.data.Dataset[dict[str, Any]]):
         """Files the fields need that are not there; lists the model's views on the way."""
         problems = []
         for name in self.fields:
-            if name in ("voxels", "points", "surface", "mesh") and self._file(model, name) is None:
+            if name in ("voxels", "points", "surface", "cloud", "mesh") and self._file(model, name) is None:
                 path = self._expected(model, name)
                 problems.append(Problem(str(model), str(path), f"the file for {name!r} does not exist", True))
         if not PER_VIEW & set(self.fields):
@@ -351,7 +375,7 @@ class ShapeNet(torch.utils.data.Dataset[dict[str, Any]]):
     def _candidates(self, model: Model, name: str) -> list[Path]:
         if name == "mesh":
             return [self._folder("core", model) / place for place in _MESHES] if "core" in self.folders else []
-        file = {"voxels": "model.binvox", "points": "points.npz", "surface": "pointcloud.npz"}[name]
+        file = {"voxels": "model.binvox", "points": "points.npz"}.get(name, "pointcloud.npz")
         return [self._folder(piece, model) / file for piece in pieces_of(name) if piece in self.folders]
 
     def _file(self, model: Model, name: str) -> Path | None:
@@ -523,6 +547,7 @@ def pieces_of(name: str) -> tuple[str, ...]:
         "voxels": ("voxels", "samples"),
         "points": ("samples",),
         "surface": ("samples",),
+        "cloud": ("samples",),
         "mesh": ("core",),
     }[name]
 

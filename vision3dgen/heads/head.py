@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vision3dgen.ops import FeatureLayout
 from vision3dgen.structures import Camera, Meshes, Pointclouds
 
 
@@ -21,11 +22,13 @@ class Head(nn.Module, ABC):
     """Feature maps in, a prediction of its own kind out, and the ways to use that prediction.
 
     `frame` says where shapes and occupancies live: "object" is the canonical one (bounding box centred at 0, longest
-    edge 1), "camera" the picture's own camera (x right, y down, z forward, in units of the file).
+    edge 1), "camera" the picture's own camera (x right, y down, z forward, in units of the file). `layout` says
+    which local features of an `Encoder` the head reads; without one it takes a backbone's maps, or an encoder's code.
     """
 
     frame: Literal["object", "camera"] = "object"
     threshold: float | None = None  # probability from which a point counts as inside, for heads that know an inside
+    layout: FeatureLayout | None = None
 
     @abstractmethod
     def forward(self, features: list[Tensor], view: View | None = None) -> Any:

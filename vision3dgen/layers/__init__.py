@@ -55,6 +55,9 @@ from vision3dgen.layers.recurrent import truncated_bptt as truncated_bptt
 from vision3dgen.layers.regularize import REGULARIZERS as REGULARIZERS
 from vision3dgen.layers.regularize import DropBlock as DropBlock
 from vision3dgen.layers.regularize import StochasticDepth as StochasticDepth
+from vision3dgen.layers.residual import ResidualLinear as ResidualLinear
+from vision3dgen.layers.unet import UNet as UNet
+from vision3dgen.layers.unet import UNet3d as UNet3d
 from vision3dgen.layers.upsample import UPSAMPLINGS as UPSAMPLINGS
 from vision3dgen.layers.upsample import BedOfNails as BedOfNails
 from vision3dgen.layers.upsample import Interpolation as Interpolation

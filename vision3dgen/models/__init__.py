@@ -7,6 +7,7 @@ from vision3dgen.models.baselines import OracleNeighbor as OracleNeighbor
 from vision3dgen.models.baselines import Retrieval as Retrieval
 from vision3dgen.models.baselines import ShapeLibrary as ShapeLibrary
 from vision3dgen.models.captioning import Captioner as Captioner
+from vision3dgen.models.completion import Completion as Completion
 from vision3dgen.models.decoders import DECODERS as DECODERS
 from vision3dgen.models.decoders import AttentionDecoder as AttentionDecoder
 from vision3dgen.models.decoders import RecurrentDecoder as RecurrentDecoder
@@ -19,13 +20,15 @@ from vision3dgen.models.recognition import LinearClassifier as LinearClassifier
 from vision3dgen.models.recognition import NearestNeighbors as NearestNeighbors
 from vision3dgen.models.recognition import Neighbors as Neighbors
 from vision3dgen.models.recognition import Recognition as Recognition
+from vision3dgen.models.reconstruction import IMAGENET_MEAN as IMAGENET_MEAN
+from vision3dgen.models.reconstruction import IMAGENET_STD as IMAGENET_STD
+from vision3dgen.models.reconstruction import Reconstruction as Reconstruction
 from vision3dgen.models.search import beam_search as beam_search
-from vision3dgen.models.single_view import IMAGENET_MEAN as IMAGENET_MEAN
-from vision3dgen.models.single_view import IMAGENET_STD as IMAGENET_STD
 from vision3dgen.models.single_view import SingleView as SingleView
 
 MODELS: dict[str, type[nn.Module]] = {
     "single_view": SingleView,
+    "completion": Completion,
     "linear_classifier": LinearClassifier,
     "fully_connected": FullyConnected,
     "classifier": Classifier,

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from vision3dgen.language import END, PAD
 from vision3dgen.metrics import Caption
 from vision3dgen.models.decoders import SequenceDecoder
+from vision3dgen.models.reconstruction import IMAGENET_MEAN, IMAGENET_STD
 from vision3dgen.models.search import Found, beam_search
-from vision3dgen.models.single_view import IMAGENET_MEAN, IMAGENET_STD
 
 
 class Captioner(nn.Module):

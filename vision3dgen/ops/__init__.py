@@ -19,6 +19,7 @@ from vision3dgen.ops.meshes import sample_surface as sample_surface
 from vision3dgen.ops.meshes import taubin_smoothing as taubin_smoothing
 from vision3dgen.ops.meshes import torus as torus
 from vision3dgen.ops.meshes import vert_align as vert_align
+from vision3dgen.ops.planes import FeatureLayout as FeatureLayout
 from vision3dgen.ops.points import ball_query as ball_query
 from vision3dgen.ops.points import corresponding_points_alignment as corresponding_points_alignment
 from vision3dgen.ops.points import estimate_pointcloud_local_coord_frames as estimate_pointcloud_local_coord_frames
@@ -33,6 +34,9 @@ from vision3dgen.ops.points import sample_farthest_points as sample_farthest_poi
 from vision3dgen.ops.points import wmean as wmean
 from vision3dgen.ops.rasterize import Rasterization as Rasterization
 from vision3dgen.ops.rasterize import rasterize as rasterize
+from vision3dgen.ops.refine import field_normals as field_normals
+from vision3dgen.ops.refine import refine_surface as refine_surface
+from vision3dgen.ops.refine import simplify_mesh as simplify_mesh
 from vision3dgen.ops.surface import Extraction as Extraction
 from vision3dgen.ops.surface import extract_surface as extract_surface
 from vision3dgen.ops.surface import isosurface as isosurface
