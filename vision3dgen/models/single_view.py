@@ -66,7 +66,7 @@ class SingleView(nn.Module):
         shapes = self.head.shape(raw)
         maps = self.head.maps(raw)
         voxels: list[Tensor | None] = [None] * size
-        if self.head.threshold is not None:
+        if self.head.threshold is not None and (self.head.frame == "object" or "camera" in batch):
             grid = GridSpec.cube(32)
             centers = grid.points(device=batch["image"].device).view(1, -1, 3).expand(size, -1, -1)
             voxels = list(self._occupancy(raw, centers, batch).view(-1, *grid.shape))
