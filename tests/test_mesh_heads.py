@@ -85,7 +85,9 @@ def test_mesh_heads_keep_the_contract(name, fields):
     prediction = head(maps(), view(truth))
     losses = head.loss(prediction, truth, torch.Generator().manual_seed(0))
     again = head.loss(prediction, truth, torch.Generator().manual_seed(0))
-    assert {key: float(value) for key, value in losses.items()} == {key: float(value) for key, value in again.items()}
+    assert {key: float(value.detach()) for key, value in losses.items()} == {
+        key: float(value.detach()) for key, value in again.items()
+    }
     assert all(torch.isfinite(value) for value in losses.values())
     losses["loss"].backward()
     assert [key for key, p in head.named_parameters() if p.grad is None] == []
@@ -101,10 +103,12 @@ def test_mesh_heads_keep_the_contract(name, fields):
 
 @pytest.mark.parametrize("name", ["sphere_init", "pixel2mesh", "sphere"])
 def test_fitting_brings_the_mesh_to_the_truth(name):
-    head, truth = small(name), batch(fields=("surface",))
-    optimizer = torch.optim.Adam(head.parameters(), lr=3e-3)
+    more = {"level": 1} if name == "pixel2mesh" else {}
+    losses = type(SMALL[name]["losses"])(samples=331)
+    head, truth = small(name, losses=losses, **more), batch(fields=("surface",))
+    optimizer = torch.optim.Adam(head.parameters(), lr=4e-3)
     first = last = 0.0
-    for step in range(60):
+    for step in range(40):
         prediction = head(maps(), view(truth))
         losses = head.loss(prediction, truth, torch.Generator().manual_seed(step))
         optimizer.zero_grad()
@@ -211,7 +215,7 @@ def test_the_volume_is_blenders_and_its_maps_are_inverse():
     points = frustum.to_camera(samples, intrinsics)
     torch.testing.assert_close(frustum.from_camera(points, intrinsics), samples)
     pixels = points @ cameras.intrinsics.double().mT
-    torch.testing.assert_close(pixels[..., 0] / pixels[..., 2], (samples[..., 0] + 1) * SIZE / 2)
+    torch.testing.assert_close(pixels[..., 0] / pixels[..., 2], (samples[..., 0] + 1) * SIZE / 2, atol=1e-5, rtol=0)
     device_depth = 1.002002 - 0.2002002 / points[..., 2]  # evenly spaced from 0.67 to 0.92
     torch.testing.assert_close(device_depth, 0.795 + 0.125 * samples[..., 2], atol=1e-9, rtol=0)
 
@@ -245,7 +249,7 @@ def test_voxels_of_the_volume_are_read_from_the_object_frames():
 
 
 def test_a_mesh_around_the_camera_fills_what_of_the_volume_it_holds():
-    around = item(0, mesh=ico_sphere(3).scale_verts(5.0))  # radius 2 in the file, the camera 1.4 from its centre
+    around = item(0, mesh=ico_sphere(3).scale_verts(4.0))  # radius 1.6 in the file, the camera 1.4 from its centre
     truth = collate([around, item(1)])
     frustum = Frustum(14)
     expected, intrinsics = inside_by_definition(frustum, truth)
@@ -281,7 +285,7 @@ def test_occupancy_answers_for_points_of_the_camera_frame():
     samples = head.frustum.grid.points().view(1, -1, 3).expand(3, -1, -1)
     points = head.frustum.to_camera(samples, prediction.intrinsics)
     assert torch.equal(head.occupancy(prediction, points).view(3, 8, 8, 8), logits.sigmoid())
-    outside = torch.tensor([[[0.0, 0, -1.4], [0, 0, 0], [0, 0, 0.5], [0, 0, 3.0], [1.4, 0, 1.4]]]).expand(3, -1, -1)
+    outside = torch.tensor([[[0.0, 0, -1.4], [0, 0, 0], [0, 0, 0.5], [0, 0, 4.0], [1.4, 0, 1.4]]]).expand(3, -1, -1)
     assert (head.occupancy(prediction, outside) == 0).all()
 
 
@@ -406,7 +410,7 @@ def test_a_stage_samples_then_convolves_then_moves():
     rows = []
     for index, verts in enumerate(meshes.verts_list()):
         for vertex in verts:
-            depth = max(float(vertex[2]), 0.1)
+            depth = vertex[2].clamp(min=0.1)
             x, y, z = (2.1875 * vertex[0] / depth, 2.1875 * vertex[1] / depth, 1.002002 - 0.2002002 / depth)
             own = [feature[index : index + 1] for feature in features]
             seen = vert_align(own, torch.stack([x, y, z])[None, None])[0, 0]

@@ -84,10 +84,11 @@ class RefinementStage(nn.Module):
         """The bottleneck of all maps at the places seen."""
         weights = self.bottleneck.weight.split([feature.shape[1] for feature in maps], dim=1)
         reduced = [F.conv2d(feature, weight[..., None, None]) for feature, weight in zip(maps, weights)]
-        if not seen.shape[1]:  # no vertex: torch's grid sampling wants one
-            return seen.new_zeros(*seen.shape[:2], len(self.bottleneck.bias)) + 0 * sum(r.sum() for r in reduced)
-        sampled = vert_align(reduced, seen).unflatten(2, (len(maps), -1))  # (B, V, maps, H)
-        return sampled.sum(2) + self.bottleneck.bias
+        if seen.shape[1]:
+            sampled = vert_align(reduced, seen).unflatten(2, (len(maps), -1)).sum(2)  # (B, V, H)
+        else:  # torch samples no empty grid
+            sampled = seen.new_zeros(*seen.shape[:2], len(self.bottleneck.bias)) + 0 * sum(r.sum() for r in reduced)
+        return sampled + self.bottleneck.bias
 
 
 class MeshRefinement(nn.Module):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -84,7 +84,7 @@ class VoxelHead(Head):
         return read_voxels(prediction.float().sigmoid(), self.grid, points)
 
 
-def read_voxels(values: Tensor, grid: GridSpec, points: Float[Tensor, "B N 3"]) -> Float[Tensor, "B N"]:
+def read_voxels(values: Tensor, grid: GridSpec, points: Float[Tensor, "B N 3"]) -> Shaped[Tensor, "B N"]:
     """The value, of (B, D, H, W), at the sample nearest to each point; 0 beyond half a spacing outside the grid."""
     index = grid.to_index(points).round().long()  # (B, N, 3) as x, y, z
     size = torch.tensor(grid.shape[::-1], device=points.device)
