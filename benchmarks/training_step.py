@@ -4,11 +4,14 @@
     python benchmarks/training_step.py --out runs/training_step --graph    with torch-geometric's graph convolution too
 
 ResNet-50, four pictures of 137 x 137, 48^3 voxels in the view volume, meshes of about 1,600 vertices, three stages,
-5,000 samples of every surface; forward, loss (with the voxels of the view volume made from meshes) and backward. The
-voxels are led to a ball, as those of an untrained network would fill everything. The contestants have the same weights
-and take turns; a row holds minima over the repeats. "PyTorch3D" is the published order of work: every stage samples all
-3,840 channels at the vertices. "PyTorch3D, maps reduced first" has this library's order with PyTorch3D's operators. That
-all compute the same losses is checked. Leaves table.md and steps.jsonl in the output folder.
+5,000 samples of every surface, the voxels of the view volume made from meshes. The voxels are led to a ball, as those
+of an untrained network would fill everything. Columns: the convolutions of backbone and voxel tubes, forward and
+backward, which are torch's for all; meshes (cubes, sampled maps, graph convolutions); their losses; the gradients of
+both down to the maps. The contestants have the same weights and take turns; a row holds minima over the repeats.
+
+"PyTorch3D" is the published order of work: every stage samples all 3,840 channels at the vertices. "PyTorch3D, maps
+reduced first" has this library's order with PyTorch3D's operators. That all compute the same losses is checked.
+Leaves table.md and steps.jsonl in the output folder.
 """
 
 import argparse
@@ -19,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,20 +36,22 @@ from vision3dgen.backbones import resnet50
 from vision3dgen.datasets import collate
 from vision3dgen.experiment import environment
 from vision3dgen.files import atomic_write
-from vision3dgen.heads import GRAPH_CONVOLUTIONS, RefinementStage, VoxMeshHead, mesh, refinement
+from vision3dgen.heads import GRAPH_CONVOLUTIONS, RefinementStage, View, VoxMeshHead, mesh, refinement
 from vision3dgen.losses import Chamfer
 from vision3dgen.models import SingleView
 from vision3dgen.ops import ico_sphere, sample_points_from_meshes
 from vision3dgen.structures import Camera, Frame, Meshes, Pointclouds
 
 HAS_PYTORCH3D = importlib.util.find_spec("pytorch3d") is not None
-PHASES = ("forward", "loss", "backward")
+PHASES = ("convolutions", "meshes", "losses", "gradients")
 RADIUS = 9.2  # of the ball in voxels: about 1,600 vertices
 console = Console(width=None if sys.stdout.isatty() else 160)
 
 
 class Ball(nn.Module):
     """Logits with a ball added that decides what is filled."""
+
+    given: Tensor | None = None  # what to answer instead, when they are there already
 
     def __init__(self, tubes: nn.Module, resolution: int):
         super().__init__()
@@ -56,6 +62,8 @@ class Ball(nn.Module):
         self.register_buffer("field", 8 * ((x * x + y * y + z * z).sqrt() < RADIUS) - 4.0)
 
     def forward(self, features: Tensor) -> Tensor:
+        if self.given is not None:
+            return self.given
         logits: Tensor = self.tubes(features)
         return logits + self.field
 
@@ -125,15 +133,26 @@ def step(
     """Seconds of each phase, and the losses."""
     model.zero_grad()
     torch.manual_seed(0)
+    tubes = model.head.voxel_head
+    assert isinstance(tubes, Ball)
     with operators(name):
         times = [now(device)]
-        prediction = model(batch["image"], batch["camera"])
+        maps = model.features(batch["image"])
+        made = [*maps, tubes(maps[-1])]
+        times.append(now(device))
+        *leaves, tubes.given = [value.detach().requires_grad_() for value in made]
+        view = View((137, 137), batch["camera"])
+        prediction = model.head(leaves, view)
         times.append(now(device))
         losses = model.head.loss(prediction, batch)
         times.append(now(device))
         losses["loss"].backward()
         times.append(now(device))
-    spent = {phase: end - start for phase, start, end in zip(PHASES, times, times[1:])}
+        torch.autograd.backward(made, [value.grad for value in [*leaves, tubes.given]])
+        times.append(now(device))
+        tubes.given = None
+    forward, meshes, of_losses, gradients, backward = (end - start for start, end in pairwise(times))
+    spent = dict(zip(PHASES, (forward + backward, meshes, of_losses, gradients)))
     return spent, {key: float(value.detach()) for key, value in losses.items()}
 
 
@@ -205,21 +224,23 @@ def write(
     with torch.no_grad():
         shapes: Meshes = model.head.shape(model(batch["image"], batch["camera"]))
     known = environment()
-    best = {
-        name: {phase: min(own[phase] for own in runs) for phase in PHASES}
-        | {"step": min(sum(own.values()) for own in runs)}
-        for name, runs in seconds.items()
-    }
+    best: dict[str, dict[str, float]] = {}
+    for name, runs in seconds.items():
+        best[name] = {phase: min(own[phase] for own in runs) for phase in PHASES}
+        best[name]["meshes in all"] = min(sum(own[phase] for phase in PHASES[1:]) for own in runs)
+        best[name]["step"] = min(sum(own.values()) for own in runs)
+    columns = list(best["vision3dgen"])
     text = [
         f"Measured {date.today().isoformat()} on {known['device']}, {known['threads']} threads, "
-        f"torch {known['torch']}; "
-        f"batch {len(shapes)}, {int(shapes.num_verts_per_mesh()[0])} vertices each, minima of {repeats} repeats.\n",
-        "| operators | " + " | ".join(f"{phase}, s" for phase in (*PHASES, "step")) + " | step, times ours |",
-        "| --- |" + " ---: |" * 5,
+        f"torch {known['torch']}; batch {len(shapes)}, {int(shapes.num_verts_per_mesh()[0])} vertices each, "
+        f"minima of {repeats} repeats, seconds.\n",
+        f"| operators | {' | '.join(columns)} | meshes, times ours | step, times ours |",
+        "| --- |" + " ---: |" * (len(columns) + 2),
     ]
     for name, own in best.items():
-        cells = [f"{own[phase]:.3f}" for phase in (*PHASES, "step")]
-        text.append(f"| {name} | {' | '.join(cells)} | {own['step'] / best['vision3dgen']['step']:.2f} |")
+        cells = [f"{own[column]:.3f}" for column in columns]
+        cells += [f"{own[column] / best['vision3dgen'][column]:.2f}" for column in ("meshes in all", "step")]
+        text.append(f"| {name} | {' | '.join(cells)} |")
     with atomic_write(out / "table.md") as file:
         file.write("\n".join([*text, ""]).encode())
     lines = [json.dumps({"operators": name, **own, "repeats": repeats, **known}) for name, own in best.items()]

@@ -150,14 +150,14 @@ class SphereInitHead(RefinedMeshHead):
 
 # ------------------------------------------------------------------------------------------------ published weights
 
-_PUBLISHED = {
+PUBLISHED_PREFIXES = {
     "backbone.stem.0.": "backbone.conv1.",
     "backbone.stem.1.": "backbone.bn1.",
     "backbone.stage": "backbone.layer",
     "voxel_head.": "head.voxel_head.",
     "mesh_head.": "head.mesh_head.",
 }
-_BLENDER = [[FOCAL, 0.0, 0.0, 0.0], [0.0, FOCAL, 0.0, 0.0], [0.0, 0.0, -CLIP[0], -CLIP[1]], [0.0, 0.0, -1.0, 0.0]]
+PUBLISHED_K = [[FOCAL, 0.0, 0.0, 0.0], [0.0, FOCAL, 0.0, 0.0], [0.0, 0.0, -CLIP[0], -CLIP[1]], [0.0, 0.0, -1.0, 0.0]]
 
 
 def meshrcnn_to_vision3dgen(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -169,11 +169,11 @@ def meshrcnn_to_vision3dgen(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name == "K":
-            if not torch.allclose(tensor.cpu().float(), torch.tensor(_BLENDER), atol=1e-5):
+            if not torch.allclose(tensor.cpu().float(), torch.tensor(PUBLISHED_K), atol=1e-5):
                 raise ValueError(f"K must be the projection of 3D-R2N2's renderings, got {tensor.tolist()}")
             continue
-        prefix = next((prefix for prefix in _PUBLISHED if name.startswith(prefix)), None)
+        prefix = next((prefix for prefix in PUBLISHED_PREFIXES if name.startswith(prefix)), None)
         if prefix is None:
             raise ValueError(f"{name!r} is no parameter of a published ShapeNet model of Mesh R-CNN")
-        renamed[_PUBLISHED[prefix] + name.removeprefix(prefix)] = tensor
+        renamed[PUBLISHED_PREFIXES[prefix] + name.removeprefix(prefix)] = tensor
     return renamed
