@@ -10,6 +10,7 @@ from torch import nn
 from tests.published import OUTPUTS, filled, layout, shapes_of
 from vision3dgen.backbones import resnet50
 from vision3dgen.datasets import collate
+from vision3dgen.experiment import samples
 from vision3dgen.heads import (
     GRAPH_CONVOLUTIONS,
     HEADS,
@@ -29,6 +30,7 @@ from vision3dgen.heads import (
     true_surface,
 )
 from vision3dgen.heads.refinement import project
+from vision3dgen.metrics import Prediction
 from vision3dgen.models import SingleView
 from vision3dgen.ops import contains, ico_sphere, vert_align
 from vision3dgen.structures import Camera, Frame, GridSpec, Meshes, Pointclouds
@@ -651,3 +653,19 @@ def test_single_view_predicts_in_the_cameras_frame():
     head = small("sphere")
     assert isinstance(head, SphereHead)
     assert SingleView(Maps(), head).eval().predict(truth)[2].frame == truth["frame"][2]
+
+
+def test_the_viewer_is_given_shapes_in_the_object_frame():
+    pictures = [{**item(index), "id": f"02691156/b/{index}", "image": torch.zeros(3, 5, 5)} for index in range(2)]
+
+    def truth(batch):
+        (own,) = batch["frame"]
+        moved = batch["camera"][0].world_to_camera(own.denormalize(batch["mesh"].verts_packed()))
+        cloud = Pointclouds([moved])
+        shape = batch["mesh"].update_padded(moved[None]) if batch["id"][0].endswith("0") else cloud
+        return [Prediction(shape=shape, frame=Frame("camera"))]
+
+    first, second = samples(pictures, 2, {"truth": truth})
+    expected = pictures[0]["mesh"].verts_packed()
+    torch.testing.assert_close(first.predictions["truth"].verts_packed(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(second.predictions["truth"].points_packed(), expected, atol=1e-5, rtol=0)

@@ -33,7 +33,7 @@ from vision3dgen.heads import HEADS
 from vision3dgen.io import read_image, save_mesh
 from vision3dgen.metrics import EVALUATIONS, Evaluator, Prediction, Scores, ShapeEvaluator
 from vision3dgen.models import DECODERS, MODELS
-from vision3dgen.structures import Frame
+from vision3dgen.structures import Frame, Meshes, Pointclouds
 from vision3dgen.viz import Sample, Shown, show
 
 PARTS: dict[str, Mapping[str, Callable[..., Any]]] = {  # sections of a model that are built first, in this order
@@ -353,11 +353,21 @@ def samples(
     for index in sorted({round(i * (len(dataset) - 1) / max(count - 1, 1)) for i in range(count)}):
         item = dataset[index]
         batch = collate([item])
-        shapes = {name: predict(batch)[0].shape for name, predict in predictors.items()}
+        shapes = {name: _in_object_frame(predict(batch)[0], item) for name, predict in predictors.items()}
         synset, model, view = item["id"].split("/")
         title = f"{CATEGORIES.get(synset, synset)} {model[:8]} {view}"
         found.append(Sample(item["image"], item["mesh"], shapes, item["camera"], item["frame"], title))
     return found
+
+
+def _in_object_frame(prediction: Prediction, item: Mapping[str, Any]) -> Meshes | Pointclouds | None:
+    """The predicted shape where the item's own mesh is, moved there from the frame of the item's camera."""
+    shape, frame = prediction.shape, prediction.frame
+    if shape is None or frame is None or frame.name != "camera":
+        return shape
+    points = shape.points_padded() if isinstance(shape, Pointclouds) else shape.verts_padded()
+    world = item["camera"].to(points.dtype).camera_to_world(points[0])
+    return shape.update_padded(item["frame"].normalize(world)[None])
 
 
 def score(

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vision3dgen.heads.head import View
-from vision3dgen.heads.voxel import read_voxels
 from vision3dgen.ops import contains, voxelize
 from vision3dgen.structures import GridSpec, Meshes
 
@@ -113,6 +112,16 @@ class Frustum:
                 around = Meshes([verts], [mesh.faces_packed()])
                 inside.append(contains(around, samples[index : index + 1], method="nonzero").view(1, *size[1:]))
         return torch.cat(inside)
+
+
+def read_voxels(values: Tensor, grid: GridSpec, points: Float[Tensor, "B N 3"]) -> Shaped[Tensor, "B N"]:
+    """The value, of (B, D, H, W), at the sample nearest to each point; 0 beyond half a spacing outside the grid."""
+    index = grid.to_index(points).round().long()  # (B, N, 3) as x, y, z
+    size = torch.tensor(grid.shape[::-1], device=points.device)
+    inside = ((index >= 0) & (index < size)).all(-1)
+    x, y, z = index.clamp_min(0).minimum(size - 1).unbind(-1)
+    batch = torch.arange(len(points), device=points.device)[:, None]
+    return values[batch, z, y, x] * inside
 
 
 class VoxelTubes(nn.Module):

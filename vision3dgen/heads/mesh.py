@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from vision3dgen.heads.frustum import CLIP, FOCAL, Frustum, VoxelTubes, picture_intrinsics
+from vision3dgen.heads.frustum import CLIP, FOCAL, Frustum, VoxelTubes, picture_intrinsics, read_voxels
 from vision3dgen.heads.graph import Convolution
 from vision3dgen.heads.head import Head, View
 from vision3dgen.heads.refinement import (
@@ -26,7 +26,6 @@ from vision3dgen.heads.refinement import (
     f1_of_batch,
     true_surface,
 )
-from vision3dgen.heads.voxel import read_voxels
 from vision3dgen.ops import cubify, ico_sphere
 from vision3dgen.structures import Meshes
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -81,14 +81,9 @@ class VoxelHead(Head):
 
     def occupancy(self, prediction: Float[Tensor, "B D H W"], points: Float[Tensor, "B N 3"]) -> Float[Tensor, "B N"]:
         """Probability of the voxel each point falls in; 0 outside the grid."""
-        return read_voxels(prediction.float().sigmoid(), self.grid, points)
-
-
-def read_voxels(values: Tensor, grid: GridSpec, points: Float[Tensor, "B N 3"]) -> Shaped[Tensor, "B N"]:
-    """The value, of (B, D, H, W), at the sample nearest to each point; 0 beyond half a spacing outside the grid."""
-    index = grid.to_index(points).round().long()  # (B, N, 3) as x, y, z
-    size = torch.tensor(grid.shape[::-1], device=points.device)
-    inside = ((index >= 0) & (index < size)).all(-1)
-    x, y, z = index.clamp_min(0).minimum(size - 1).unbind(-1)
-    batch = torch.arange(len(points), device=points.device)[:, None]
-    return values[batch, z, y, x] * inside
+        index = self.grid.to_index(points).round().long()  # (B, N, 3) as x, y, z
+        size = torch.tensor(self.grid.shape[::-1], device=points.device)
+        inside = ((index >= 0) & (index < size)).all(-1)
+        x, y, z = index.clamp_min(0).minimum(size - 1).unbind(-1)
+        batch = torch.arange(len(points), device=points.device)[:, None]
+        return prediction.float().sigmoid()[batch, z, y, x] * inside
