@@ -449,6 +449,28 @@ def test_vert_align_reads_pixels_at_corners_and_packs():
         vert_align(image, corners.expand(2, -1, -1) * torch.nan)
 
 
+@pytest.mark.parametrize("padding", ["zeros", "border", "reflection"])
+@pytest.mark.parametrize("align", [True, False])
+def test_vert_align_is_torchs_sampling_whatever_the_number_of_vertices(padding, align):
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.randn(2, 3, h, w, generator=generator, dtype=torch.float64) for h, w in ((3, 5), (7, 4), (1, 2))]
+    maps = [feature.requires_grad_() for feature in maps]
+    for count in (1, 37):  # fewer than a map has cells, and more
+        verts = (2.6 * torch.rand(2, count, 3, generator=generator, dtype=torch.float64) - 1.3).requires_grad_()
+        grad = torch.randn(2, count, 9, generator=generator, dtype=torch.float64)
+        ours = vert_align(maps, verts, padding_mode=padding, align_corners=align)
+        planes = [
+            torch.nn.functional.grid_sample(feature, verts[:, None, :, :2], "bilinear", padding, align)[:, :, 0].mT
+            for feature in maps
+        ]
+        theirs = torch.cat(planes, dim=2)
+        torch.testing.assert_close(ours, theirs)
+        for own, other in zip(
+            torch.autograd.grad(ours, [*maps, verts], grad), torch.autograd.grad(theirs, [*maps, verts], grad)
+        ):
+            torch.testing.assert_close(own, other)
+
+
 # subdivision and templates
 
 

@@ -46,7 +46,7 @@ from vision3dgen.metrics import (
     quantize,
 )
 from vision3dgen.models import DECODERS, MODELS, Classifier
-from vision3dgen.structures import Frame, GridSpec, Pointclouds
+from vision3dgen.structures import Frame, GridSpec, Meshes, Pointclouds
 from vision3dgen.viz import Sample, Shown, Voxels, image_grid, show
 from vision3dgen.viz.scene import Shape
 
@@ -507,7 +507,7 @@ def samples(
         item = dataset[index]
         batch = collate([item])
         shapes: dict[str, Shape | None] = {"input": _drawable(item[takes])} if takes != "image" else {}
-        shapes |= {name: predict(batch)[0].shape for name, predict in predictors.items()}
+        shapes |= {name: _in_object_frame(predict(batch)[0], item) for name, predict in predictors.items()}
         synset, model, view = item["id"].split("/")
         title = f"{CATEGORIES.get(synset, synset)} {model[:8]} {view}"
         found.append(Sample(item.get("image"), item["mesh"], shapes, item.get("camera"), item["frame"], title))
@@ -517,6 +517,16 @@ def samples(
 def _drawable(given: Any) -> Shape:
     """What a model that takes shapes was given, for the viewer."""
     return Voxels(given > 0.5, GridSpec.cube(len(given))) if isinstance(given, Tensor) else given
+
+
+def _in_object_frame(prediction: Prediction, item: Mapping[str, Any]) -> Meshes | Pointclouds | None:
+    """The predicted shape where the item's own mesh is, moved there from the frame of the item's camera."""
+    shape, frame = prediction.shape, prediction.frame
+    if shape is None or frame is None or frame.name != "camera":
+        return shape
+    points = shape.points_padded() if isinstance(shape, Pointclouds) else shape.verts_padded()
+    world = item["camera"].to(points.dtype).camera_to_world(points[0])
+    return shape.update_padded(item["frame"].normalize(world)[None])
 
 
 def score(

@@ -1,17 +1,39 @@
 """Task heads: feature maps in, a prediction out, with its loss and the shape it stands for."""
 
+from vision3dgen.heads.frustum import Frustum as Frustum
+from vision3dgen.heads.frustum import VoxelTubes as VoxelTubes
+from vision3dgen.heads.frustum import picture_intrinsics as picture_intrinsics
+from vision3dgen.heads.graph import GRAPH_CONVOLUTIONS as GRAPH_CONVOLUTIONS
+from vision3dgen.heads.graph import GeometricGraphConv as GeometricGraphConv
 from vision3dgen.heads.head import Head as Head
 from vision3dgen.heads.head import View as View
 from vision3dgen.heads.local_occupancy import LocalDecoder as LocalDecoder
 from vision3dgen.heads.local_occupancy import LocalOccupancyHead as LocalOccupancyHead
+from vision3dgen.heads.mesh import RefinedMeshes as RefinedMeshes
+from vision3dgen.heads.mesh import SphereInitHead as SphereInitHead
+from vision3dgen.heads.mesh import VoxMeshHead as VoxMeshHead
+from vision3dgen.heads.mesh import meshrcnn_to_vision3dgen as meshrcnn_to_vision3dgen
 from vision3dgen.heads.occupancy import FieldHead as FieldHead
 from vision3dgen.heads.occupancy import OccupancyDecoder as OccupancyDecoder
 from vision3dgen.heads.occupancy import OccupancyField as OccupancyField
 from vision3dgen.heads.occupancy import OccupancyHead as OccupancyHead
+from vision3dgen.heads.pixel2mesh import Deformation as Deformation
+from vision3dgen.heads.pixel2mesh import DeformationLosses as DeformationLosses
+from vision3dgen.heads.pixel2mesh import Pixel2MeshHead as Pixel2MeshHead
+from vision3dgen.heads.refinement import MeshRefinement as MeshRefinement
+from vision3dgen.heads.refinement import RefinementStage as RefinementStage
+from vision3dgen.heads.refinement import StageLosses as StageLosses
+from vision3dgen.heads.refinement import TrueSurface as TrueSurface
+from vision3dgen.heads.refinement import true_surface as true_surface
+from vision3dgen.heads.sphere import SphereHead as SphereHead
 from vision3dgen.heads.voxel import VoxelHead as VoxelHead
 
 HEADS: dict[str, type[Head]] = {
-    "voxels": VoxelHead,
-    "occupancy": OccupancyHead,
     "local_occupancy": LocalOccupancyHead,
+    "occupancy": OccupancyHead,
+    "pixel2mesh": Pixel2MeshHead,
+    "sphere": SphereHead,
+    "sphere_init": SphereInitHead,
+    "voxels": VoxelHead,
+    "voxmesh": VoxMeshHead,
 }

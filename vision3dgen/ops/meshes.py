@@ -559,17 +559,45 @@ def vert_align(
         places, counts = verts.points_padded(), verts.num_points_per_cloud()
     for index, feature in enumerate(maps):
         check_shape(**{f"feats[{index}]": (feature, "B C H W"), "verts": (places, "B V 3")})
-    grid = _finite(verts=places)[:, None, :, :2]  # (B, 1, V, 2)
+    grid = _finite(verts=places)[..., :2]
     sampled = [
-        F.grid_sample(feature, grid.to(feature.dtype), interp_mode, padding_mode, align_corners)[:, :, 0]
-        for feature in maps
+        _sample_map(feature, grid.to(feature.dtype), interp_mode, padding_mode, align_corners) for feature in maps
     ]
-    aligned = torch.cat(sampled, dim=1).mT  # (B, V, C)
+    aligned = torch.cat(sampled, dim=2)  # (B, V, C)
     if not return_packed:
         return aligned
     if counts is None:
         return aligned.flatten(0, 1)
     return aligned[within(counts, places.shape[1])]
+
+
+def _sample_map(
+    feature: Float[Tensor, "B C H W"], places: Float[Tensor, "B V 2"], mode: str, padding: str, align_corners: bool
+) -> Float[Tensor, "B V C"]:
+    batch, channels, height, width = feature.shape
+    dense = 4 * places.shape[1] >= height * width  # or turning the map into rows would cost more than it gains
+    if feature.device.type != "cpu" or mode != "bilinear" or padding not in ("zeros", "border") or not dense:
+        return F.grid_sample(feature, places[:, None], mode, padding, align_corners)[:, :, 0].mT
+    # four rows a place, weighted and summed: forward and backward take half the time of torch's sampling of planes
+    size = places.new_tensor([width, height])
+    at = (places + 1) * (size - 1) / 2 if align_corners else ((places + 1) * size - 1) / 2  # (B, V, 2) in cells
+    if padding == "border":
+        at = at.clamp(min=0).minimum(size - 1)
+    low = at.detach().floor()
+    past = at - low
+    rows, weights = [], []
+    for corner in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        step = places.new_tensor(corner)
+        cell = low + step
+        within_map = ((cell >= 0) & (cell < size)).all(-1)
+        x, y = cell.clamp(min=0).minimum(size - 1).long().unbind(-1)
+        rows.append(y * width + x)
+        along, down = (step * past + (1 - step) * (1 - past)).unbind(-1)
+        weights.append((along * down).where(within_map, 0))
+    first = height * width * torch.arange(batch)[:, None, None]
+    flat = feature.flatten(2).mT.reshape(-1, channels)  # (B H W, C)
+    index, weight = (torch.stack(rows, dim=2) + first).view(-1, 4), torch.stack(weights, dim=2).view(-1, 4)
+    return F.embedding_bag(index, flat, mode="sum", per_sample_weights=weight).view(batch, -1, channels)
 
 
 # ------------------------------------------------------------------------------------- subdivision and templates

@@ -1,0 +1,178 @@
+"""Meshes from a picture, in the frame of its camera: voxels made a mesh and refined, or a sphere moved to the object.
+
+Source: Gkioxari et al. 2019, Mesh R-CNN (arXiv:1906.02739): VoxMesh, Sphere-Init and Pixel2Mesh+ of the ShapeNet
+experiments. Parameter names are the published ones under `voxel_head` and `mesh_head`; `meshrcnn_to_vision3dgen`
+renames a published state dict.
+Differs: no first iterations on the voxels alone, and no step is left out for a large loss.
+"""
+
+from abc import ABC
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from vision3dgen.heads.frustum import CLIP, FOCAL, Frustum, VoxelTubes, picture_intrinsics, read_voxels
+from vision3dgen.heads.graph import Convolution
+from vision3dgen.heads.head import Head, View
+from vision3dgen.heads.refinement import (
+    LIGHT_AND_PRETTY,
+    OPENGL,
+    MeshRefinement,
+    StageLosses,
+    f1_of_batch,
+    true_surface,
+)
+from vision3dgen.ops import cubify, ico_sphere
+from vision3dgen.structures import Meshes
+
+
+class RefinedMeshes(NamedTuple):
+    """The mesh after each stage, in the camera's frame, and how its camera projects."""
+
+    stages: list[Any]
+    intrinsics: Float[Tensor, "B 3 3"]
+    voxels: Tensor | None = None  # logits (B, D, H, W) in the view volume
+
+
+class RefinedMeshHead(Head, ABC):
+    """What the heads share whose mesh goes through `mesh_head`."""
+
+    frame = "camera"
+
+    def __init__(self, channels: list[int], losses: StageLosses, **refinement: Any):
+        super().__init__()
+        self.losses = losses
+        self.mesh_head = MeshRefinement(channels, **refinement)
+
+    def loss(
+        self, prediction: RefinedMeshes, batch: Mapping[str, Any], generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """`StageLosses` against `batch["surface"]` or `batch["mesh"]`, moved to the camera's frame."""
+        truth = true_surface(batch, self.losses.samples, "camera", generator)
+        return self.losses(prediction.stages, truth, generator)
+
+    def shape(self, prediction: RefinedMeshes) -> Meshes:
+        """The last stage's meshes, in the camera's frame."""
+        return prediction.stages[-1].detach()
+
+    def validation_metrics(self, prediction: RefinedMeshes, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """F1 at 2 % of the longest edge."""
+        return f1_of_batch(self.shape(prediction), batch, "camera")
+
+
+class VoxMeshHead(RefinedMeshHead):
+    """Voxels of the view volume, their surface as a mesh, and three stages of refinement.
+
+    resolution, depths: of the volume, see `Frustum`. threshold: probability from which a voxel is filled. fill_empty:
+    where no voxel is, the middle half of the volume along each axis becomes the mesh, as published; else the mesh is
+    empty. align: "topleft", as published, puts the cubes half a voxel further along each axis than the samples that the
+    truth is read at; "center" puts them around these. voxels: weight of the voxels' mean binary cross-entropy.
+    """
+
+    def __init__(
+        self, channels: list[int], *, resolution: int = 48,
+        depths: tuple[float, float] = (Frustum.near, Frustum.far), threshold: float = 0.2, fill_empty: bool = True,
+        align: Literal["topleft", "center"] = "topleft", stages: int = 3, hidden: int = 128, voxels: float = 1.0,
+        losses: StageLosses = LIGHT_AND_PRETTY, convolution: Convolution = "csr",
+    ):  # fmt: skip
+        super().__init__(channels, losses, stages=stages, hidden=hidden, convolution=convolution)
+        if not 0 < threshold < 1:
+            raise ValueError(f"threshold must be a probability between 0 and 1, got {threshold}")
+        self.frustum = Frustum(resolution, *depths)
+        self.threshold: float = threshold
+        self.fill_empty, self.align, self.voxels = fill_empty, align, voxels
+        self.voxel_head = VoxelTubes(channels[-1], resolution)
+
+    def forward(self, features: list[Tensor], view: View | None = None) -> RefinedMeshes:
+        intrinsics = picture_intrinsics(view, features[-1])
+        logits = self.voxel_head(features[-1]).float()
+        return RefinedMeshes(self.mesh_head(features, self._cubify(logits, intrinsics), intrinsics), intrinsics, logits)
+
+    @torch.no_grad()
+    def _cubify(self, logits: Float[Tensor, "B D H W"], intrinsics: Float[Tensor, "B 3 3"]) -> Any:
+        probability = logits.sigmoid()
+        if self.fill_empty:
+            middle = slice(self.frustum.resolution // 4, 3 * self.frustum.resolution // 4)
+            probability[(probability <= self.threshold).flatten(1).all(1), middle, middle, middle] = 1
+        cubes = cubify(probability, self.threshold, align=self.align)
+        verts = cubes.verts_padded()
+        return cubes.update_padded(self.frustum.to_camera(verts, intrinsics))
+
+    def loss(
+        self, prediction: RefinedMeshes, batch: Mapping[str, Any], generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """That of the meshes, and the binary cross-entropy of the voxels against `Frustum.truth`."""
+        assert prediction.voxels is not None
+        filled = self.frustum.truth(batch, prediction.intrinsics).to(prediction.voxels.dtype)
+        voxels = F.binary_cross_entropy_with_logits(prediction.voxels, filled)
+        losses = super().loss(prediction, batch, generator)
+        return {**losses, "loss": losses["loss"] + self.voxels * voxels, "voxels": voxels}
+
+    def occupancy(self, prediction: RefinedMeshes, points: Float[Tensor, "B N 3"]) -> Float[Tensor, "B N"]:
+        """Probability of the voxel of the view volume each point falls in; 0 outside the volume."""
+        assert prediction.voxels is not None
+        places = self.frustum.from_camera(points, prediction.intrinsics)
+        return read_voxels(prediction.voxels.sigmoid(), self.frustum.grid, places)
+
+
+class SphereInitHead(RefinedMeshHead):
+    """A sphere moved to the object by three stages of refinement.
+
+    level: of the icosphere, 10 * 4^level + 2 vertices. subdivide: faces are split in four between stages; with level 2
+    that is Pixel2Mesh+. radius, distance: of the sphere, which is centred on the optical axis; published is the unit
+    sphere around the camera itself, from which the offsets of up to 1 along each axis of each stage must lead away.
+    """
+
+    def __init__(
+        self, channels: list[int], *, level: int = 4, subdivide: bool = False, radius: float = 1.0,
+        distance: float = 0.0, stages: int = 3, hidden: int = 128, losses: StageLosses = LIGHT_AND_PRETTY,
+        convolution: Convolution = "csr",
+    ):  # fmt: skip
+        super().__init__(channels, losses, stages=stages, hidden=hidden, convolution=convolution, subdivide=subdivide)
+        sphere = ico_sphere(level)
+        verts = radius * sphere.verts_packed() * torch.tensor(OPENGL) + torch.tensor([0.0, 0.0, distance])
+        self.verts: Tensor
+        self.faces: Tensor
+        self.register_buffer("verts", verts, persistent=False)
+        self.register_buffer("faces", sphere.faces_packed(), persistent=False)
+
+    def forward(self, features: list[Tensor], view: View | None = None) -> RefinedMeshes:
+        size = len(features[-1])
+        sphere = Meshes(self.verts.expand(size, -1, -1), self.faces.expand(size, -1, -1))
+        intrinsics = picture_intrinsics(view, features[-1])
+        return RefinedMeshes(self.mesh_head(features, sphere, intrinsics), intrinsics)
+
+
+# ------------------------------------------------------------------------------------------------ published weights
+
+PUBLISHED_PREFIXES = {
+    "backbone.stem.0.": "backbone.conv1.",
+    "backbone.stem.1.": "backbone.bn1.",
+    "backbone.stage": "backbone.layer",
+    "voxel_head.": "head.voxel_head.",
+    "mesh_head.": "head.mesh_head.",
+}
+PUBLISHED_K = [[FOCAL, 0.0, 0.0, 0.0], [0.0, FOCAL, 0.0, 0.0], [0.0, 0.0, -CLIP[0], -CLIP[1]], [0.0, 0.0, -1.0, 0.0]]
+
+
+def meshrcnn_to_vision3dgen(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a published ShapeNet model of Mesh R-CNN under the names of `SingleView` and these heads.
+
+    Its projection `K` is no weight: it must be that of 3D-R2N2's renderings, which the heads take where a view has no
+    cameras, and is left out. Raises ValueError for another `K` and for names that are not Mesh R-CNN's.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name == "K":
+            if not torch.allclose(tensor.cpu().float(), torch.tensor(PUBLISHED_K), atol=1e-5):
+                raise ValueError(f"K must be the projection of 3D-R2N2's renderings, got {tensor.tolist()}")
+            continue
+        prefix = next((prefix for prefix in PUBLISHED_PREFIXES if name.startswith(prefix)), None)
+        if prefix is None:
+            raise ValueError(f"{name!r} is no parameter of a published ShapeNet model of Mesh R-CNN")
+        renamed[PUBLISHED_PREFIXES[prefix] + name.removeprefix(prefix)] = tensor
+    return renamed
