@@ -89,7 +89,7 @@ def make_pairs(count: int, shapes: int) -> tuple[list[dict[str, Any]], dict[str,
         name = f"{category}/{index:06d}/00"
         noise = 0.01 * torch.randn(mesh.verts_packed().shape, generator=stream)
         predictions[name] = Meshes([mesh.verts_packed() + noise], mesh.faces_list())
-        camera = Camera.from_r2n2(float(360 * torch.rand((), generator=stream)), 25.0, 0.8)
+        camera = Camera.from_r2n2(float(360 * torch.rand((), generator=stream)), 25.0, 0.8).to(torch.float32)
         items.append({"id": name, "category": category, "frame": Frame("object"), "mesh": mesh, "camera": camera})
     return [collate(items[start : start + BATCH]) for start in range(0, count, BATCH)], predictions
 

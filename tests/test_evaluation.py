@@ -9,7 +9,9 @@ import pytest
 import torch
 import trimesh
 
-from vision3dgen.metrics import PROTOCOLS, Prediction, evaluate, read_results, summarize
+from vision3dgen.config import construct
+from vision3dgen.experiment import Batches
+from vision3dgen.metrics import PROTOCOLS, Prediction, ShapeEvaluator, evaluate, read_results, summarize
 from vision3dgen.metrics.protocols import PointIoU, VoxelIoU
 from vision3dgen.metrics.shape import generator
 from vision3dgen.ops import sample_points_from_meshes
@@ -648,3 +650,36 @@ def test_workers_leave_the_same_lines_and_lose_no_more_than_they_must(tmp_path):
     with pytest.raises(ValueError, match="different frames"):  # in a worker, and still an error of the run
         run(predict=without(perfect, wrong), workers=1)
     assert not multiprocessing.active_children()
+
+
+def test_settings_of_a_configuration_are_checked():
+    for settings, message in (
+        ({"workers": -1}, "workers must be at least 0, got -1"),
+        ({"timeout": 5.0}, "timeout must be above 0 and needs workers"),
+        ({"timeout": 0.0, "workers": 1}, "timeout must be above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ShapeEvaluator(**settings)
+    assert construct(ShapeEvaluator, {"workers": 3, "timeout": 60, "ceiling": False}) == ShapeEvaluator(
+        workers=3, timeout=60, ceiling=False
+    )
+
+
+def test_batches_are_made_when_they_are_asked_for():
+    asked = []
+
+    class Items:
+        def __len__(self):
+            return 7
+
+        def __getitem__(self, index):
+            asked.append(index)
+            return {"id": str(index)}
+
+    batches = Batches(Items(), 3)
+    assert len(batches) == 3
+    assert batches[2] == {"id": ["6"]}
+    assert asked == [6]
+    assert [batch["id"] for batch in batches] == [["0", "1", "2"], ["3", "4", "5"], ["6"]]
+    with pytest.raises(IndexError, match="there are 3 batches, got 3"):
+        batches[3]

@@ -28,9 +28,9 @@ def test_the_script_trains_a_head_and_scores_it(tmp_path):
     path.write_text(script())
     done = subprocess.run([sys.executable, str(path)], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in done.stdout.splitlines() if "|" in line}
-    columns = [name.strip() for name in rows["class"]]
-    means = dict(zip(columns, (cell.strip() for cell in rows["**class mean**"])))
+    table = [re.split(r" *(?<!\\)\| *", line)[1:-1] for line in done.stdout.splitlines() if line.startswith("|")]
+    rows = {cells[0]: cells[1:] for cells in table}
+    means = dict(zip(rows["class"], rows["**class mean**"]))
     assert float(means["IoU (voxels 32)"]) > 0.1
     assert float(means["F1@0.05"]) > 0
     assert "n_failed 0" in done.stdout

@@ -94,7 +94,7 @@ class ShapeEvaluator(Evaluator):
             raise ValueError(f"workers must be at least 0, got {self.workers}")
         if self.timeout is not None and not (self.timeout > 0 and self.workers):
             raise ValueError(
-                f"timeout must be above 0 and takes workers, got {self.timeout} and {self.workers} workers"
+                f"timeout must be above 0 and needs workers, got {self.timeout} and workers={self.workers}"
             )
 
     @property
