@@ -57,8 +57,8 @@ def test_the_loss_of_clouds_is_chamfer_and_kl():
 @pytest.mark.slow
 def test_a_cloud_vae_and_a_gan_on_its_codes_learn_spheres():
     torch.manual_seed(0)
-    clouds = spheres(64)
-    model = PointVAE(4, 64, widths=(32, 64), hidden=(64,), beta=1e-4)
+    clouds = spheres(32, 32)
+    model = PointVAE(4, 32, widths=(32, 64), hidden=(64,), beta=1e-4)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     first = None
     for _ in range(120):
@@ -103,7 +103,7 @@ def test_occupancies_of_a_grid_are_in_the_order_of_voxels():
 @pytest.mark.slow
 def test_an_occupancy_vae_learns_balls():
     torch.manual_seed(0)
-    places, inside = occupancies(64)
+    places, inside = occupancies(48)
     model = OccupancyVAE(3, hidden=32, blocks=2, widths=(32, 32), resolution=16)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(120):
@@ -117,7 +117,7 @@ def test_an_occupancy_vae_learns_balls():
     assert float(terms["elbo"].detach()) > independent / 2  # nats of points that know only how many are inside
     model.eval()
     assert {value.shape for value in model.validation_metrics({"points": places, "occupancies": inside}).values()} == {
-        (64,)
+        (48,)
     }
     grids = model.decode(model.encode(*occupancies(16, seed=1)).mean)  # of balls it has not seen
     assert (grids[:, 8, 8, 8] > 0.5).float().mean() > 0.9
