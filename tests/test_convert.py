@@ -73,7 +73,12 @@ def test_published_networks_convert_whole_and_compute_the_recorded_outputs(make,
     model.load_state_dict(conversion.state, strict=True)
     # oneDNN's 3D convolution in float32 is off by 2e-4 on some processors, in float64 by nothing
     model.double().eval()
-    reference = np.load(shared_data / OUTPUTS / "forward.npz")
+    members = 1 if name == "convonet_grid32" else 2  # its volumes take seconds each
+    reference = {
+        key: values[:members]
+        for key, values in np.load(shared_data / OUTPUTS / "forward.npz").items()
+        if key.startswith(f"{name}/")
+    }
     given = uniform(2, 3, 224, 224, seed=2).double() if name == "onet_image" else None
     if given is None:
         given = Pointclouds(torch.from_numpy(reference[f"{name}/pointcloud"]).double())
