@@ -1,5 +1,11 @@
 """Protocols, scores of single predictions, and the evaluation of a run (`EVALUATIONS`)."""
 
+from vision3dgen.metrics.depth import DEPTH_PROTOCOLS as DEPTH_PROTOCOLS
+from vision3dgen.metrics.depth import DepthErrors as DepthErrors
+from vision3dgen.metrics.depth import DepthEvaluator as DepthEvaluator
+from vision3dgen.metrics.depth import DepthProtocol as DepthProtocol
+from vision3dgen.metrics.depth import align_depth as align_depth
+from vision3dgen.metrics.depth import depth_errors as depth_errors
 from vision3dgen.metrics.evaluation import Prediction as Prediction
 from vision3dgen.metrics.evaluation import Summary as Summary
 from vision3dgen.metrics.evaluation import evaluate as evaluate
@@ -19,6 +25,13 @@ from vision3dgen.metrics.language import Pointing as Pointing
 from vision3dgen.metrics.language import bleu as bleu
 from vision3dgen.metrics.language import perplexity as perplexity
 from vision3dgen.metrics.language import pointing as pointing
+from vision3dgen.metrics.maps import MapEvaluator as MapEvaluator
+from vision3dgen.metrics.maps import MapScores as MapScores
+from vision3dgen.metrics.maps import summarize_maps as summarize_maps
+from vision3dgen.metrics.normals import NormalErrors as NormalErrors
+from vision3dgen.metrics.normals import NormalsEvaluator as NormalsEvaluator
+from vision3dgen.metrics.normals import angles_between as angles_between
+from vision3dgen.metrics.normals import normal_errors as normal_errors
 from vision3dgen.metrics.protocols import PROTOCOLS as PROTOCOLS
 from vision3dgen.metrics.protocols import Protocol as Protocol
 from vision3dgen.metrics.recognition import ClassEvaluator as ClassEvaluator
@@ -43,4 +56,6 @@ EVALUATIONS: dict[str, type[Evaluator]] = {
     "classes": ClassEvaluator,
     "captions": CaptionEvaluator,
     "language": LanguageEvaluator,
+    "depth": DepthEvaluator,
+    "normals": NormalsEvaluator,
 }
