@@ -430,7 +430,7 @@ def test_a_few_pictures_are_learned_by_heart(name):
     )
     model = SingleView(backbone, head)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(50):
+    for _ in range(100):
         optimizer.zero_grad()
         model.loss(batch)["loss"].backward()
         optimizer.step()
