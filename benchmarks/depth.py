@@ -35,8 +35,8 @@ def main() -> int:
     experiment = run.experiment
     experiment.prepare_data()
     run.train(resume=True)
-    training = experiment.batches(experiment.dataset("train"), experiment.evaluation.batch_size)
-    baseline = MeanDepth(training).predict
+    training = experiment.dataset("train", fields=("depth",))
+    baseline = MeanDepth(experiment.batches(training, experiment.evaluation.batch_size)).predict
 
     lines = [f"| method | protocol | n | {' | '.join(COLUMNS)} |", "| --- | --- | ---: |" + " ---: |" * len(COLUMNS)]
     errors: dict[str, float] = {}
