@@ -51,6 +51,48 @@ def soft_silhouette(verts, faces, rotation, translation, intrinsics, image_size,
     return mask
 
 
+def depth_errors(prediction, target):
+    """The standard errors over two lists of depths, one pixel at a time."""
+    pairs = [(p, t) for p, t in zip(prediction, target) if t > 0]
+    n = len(pairs)
+    d = [math.log(p) - math.log(t) for p, t in pairs]
+    squares, mean = sum(x * x for x in d) / n, sum(d) / n
+    pairwise = sum((a - b) ** 2 for a in d for b in d) / (2 * n * n)  # the first form of Eigen's error
+    ratios = [max(p / t, t / p) for p, t in pairs]
+    return {
+        "abs_rel": sum(abs(p - t) / t for p, t in pairs) / n,
+        "sq_rel": sum((p - t) ** 2 / t for p, t in pairs) / n,
+        "rmse": math.sqrt(sum((p - t) ** 2 for p, t in pairs) / n),
+        "rmse_log": math.sqrt(squares),
+        "log10": sum(abs(math.log10(p) - math.log10(t)) for p, t in pairs) / n,
+        "silog": 100 * math.sqrt(squares - mean**2),
+        "scale_invariant": pairwise,
+        "delta1": sum(r < 1.25 for r in ratios) / n,
+        "delta2": sum(r < 1.25**2 for r in ratios) / n,
+        "delta3": sum(r < 1.25**3 for r in ratios) / n,
+    }
+
+
+def gradient_matching(prediction, target, scales):
+    """Differences of log ratios between neighbors on grids of every 2^k-th pixel, over nested lists (H, W)."""
+    total = 0.0
+    for k in range(scales):
+        step = 2**k
+        rows, columns = range(0, len(target), step), range(0, len(target[0]), step)
+        change = count = 0.0
+        for r in rows:
+            for c in columns:
+                if target[r][c] <= 0:
+                    continue
+                count += 1
+                own = math.log(prediction[r][c] / target[r][c])
+                for other_r, other_c in ((r + step, c), (r, c + step)):
+                    if other_r < len(target) and other_c < len(target[0]) and target[other_r][other_c] > 0:
+                        change += abs(math.log(prediction[other_r][other_c] / target[other_r][other_c]) - own)
+        total += change / max(count, 1)
+    return total
+
+
 def surface_metrics(pred, target, pred_normals, target_normals, squared, combine, threshold, strict):
     """Chamfer, precision, recall, F1 and absolute normal consistency by double loops over Python numbers."""
     sides = []

@@ -30,8 +30,8 @@ def batch():
     return {"points": points, "occupancies": occupied, "voxels": torch.rand(3, 16, 16, 16, generator=generator) > 0.5}
 
 
-@pytest.mark.parametrize("name", ["occupancy", "voxels"])
-def test_every_head_keeps_the_contract(name):
+@pytest.mark.parametrize("name", ["occupancy", "voxels"])  # heads that know an inside
+def test_every_head_of_shapes_keeps_the_contract(name):
     head = tiny_head(name)
     prediction = head(features())
     losses = head.loss(prediction, batch())

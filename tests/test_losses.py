@@ -222,7 +222,7 @@ def test_earth_movers_distance_of_different_sizes_both_ways(monkeypatch):
     x, y = cloud(2, 7, 3, dtype=torch.float64), cloud(2, 5, 3, seed=1, dtype=torch.float64)
     lengths = torch.tensor([5, 3])
     by_copies = earth_movers_distance(x, y, y_lengths=lengths)
-    monkeypatch.setattr(losses, "ASSIGNMENT_SIZE", 1)
+    monkeypatch.setattr(losses.shapes, "ASSIGNMENT_SIZE", 1)
     by_program = earth_movers_distance(x, y, y_lengths=lengths)
     torch.testing.assert_close(by_copies.distance, by_program.distance)
     torch.testing.assert_close(by_copies.distance, earth_movers_distance(y, x, x_lengths=lengths).distance)
@@ -352,8 +352,8 @@ def test_points_on_a_fine_sphere_have_no_distance_to_it():
     sphere = ico_sphere(4)  # most faces are smaller than PyTorch3D's min_triangle_area
     points = sample_points_from_meshes(sphere, 5003, generator=torch.Generator().manual_seed(0))[0]
     corners = sphere.verts_packed()[sphere.faces_packed()]
-    found = losses.nearest_triangles(points, corners)
-    assert float(losses._squared_to(points, corners[found.indices], found.barycentrics).max()) < 1e-12
+    found = losses.shapes.nearest_triangles(points, corners)
+    assert float(losses.shapes._squared_to(points, corners[found.indices], found.barycentrics).max()) < 1e-12
     # what is left of the loss is the way from faces to points: less than their spacing
     assert float(point_mesh_face_distance(sphere, Pointclouds([points]))) < 1e-3
 

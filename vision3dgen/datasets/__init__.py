@@ -9,6 +9,9 @@ from vision3dgen.datasets.augment import Augmented as Augmented
 from vision3dgen.datasets.captions import CaptionedObject as CaptionedObject
 from vision3dgen.datasets.captions import Captions as Captions
 from vision3dgen.datasets.collate import collate as collate
+from vision3dgen.datasets.depth import KITTIDepth as KITTIDepth
+from vision3dgen.datasets.depth import NYUDepth as NYUDepth
+from vision3dgen.datasets.depth import NYUDepthScenes as NYUDepthScenes
 from vision3dgen.datasets.images import CIFAR10 as CIFAR10
 from vision3dgen.datasets.images import CIFAR100 as CIFAR100
 from vision3dgen.datasets.images import MNIST as MNIST
@@ -54,6 +57,9 @@ DATASETS: dict[str, Callable[..., Any]] = {
     "captions": Captions,
     "scene_objects": SceneObjects,
     "text": TextLines,
+    "nyu_depth": NYUDepth,
+    "nyu_depth_scenes": NYUDepthScenes,
+    "kitti_depth": KITTIDepth,
 }
 PREPARE: dict[str, Callable[..., Any]] = {
     "procedural": prepare_procedural,

@@ -1,5 +1,9 @@
 """Task heads: feature maps in, a prediction out, with its loss and the shape it stands for."""
 
+from vision3dgen.heads.decoder import SkipDecoder as SkipDecoder
+from vision3dgen.heads.depth import DEPTH_LOSSES as DEPTH_LOSSES
+from vision3dgen.heads.depth import DepthHead as DepthHead
+from vision3dgen.heads.depth import DepthPrediction as DepthPrediction
 from vision3dgen.heads.frustum import Frustum as Frustum
 from vision3dgen.heads.frustum import VoxelTubes as VoxelTubes
 from vision3dgen.heads.frustum import picture_intrinsics as picture_intrinsics
@@ -13,6 +17,7 @@ from vision3dgen.heads.mesh import RefinedMeshes as RefinedMeshes
 from vision3dgen.heads.mesh import SphereInitHead as SphereInitHead
 from vision3dgen.heads.mesh import VoxMeshHead as VoxMeshHead
 from vision3dgen.heads.mesh import meshrcnn_to_vision3dgen as meshrcnn_to_vision3dgen
+from vision3dgen.heads.normals import NormalsHead as NormalsHead
 from vision3dgen.heads.occupancy import FieldHead as FieldHead
 from vision3dgen.heads.occupancy import OccupancyDecoder as OccupancyDecoder
 from vision3dgen.heads.occupancy import OccupancyField as OccupancyField
@@ -29,7 +34,9 @@ from vision3dgen.heads.sphere import SphereHead as SphereHead
 from vision3dgen.heads.voxel import VoxelHead as VoxelHead
 
 HEADS: dict[str, type[Head]] = {
+    "depth": DepthHead,
     "local_occupancy": LocalOccupancyHead,
+    "normals": NormalsHead,
     "occupancy": OccupancyHead,
     "pixel2mesh": Pixel2MeshHead,
     "sphere": SphereHead,

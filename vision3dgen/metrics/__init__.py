@@ -1,5 +1,11 @@
 """Protocols, scores of single predictions, and the evaluation of a run (`EVALUATIONS`)."""
 
+from vision3dgen.metrics.depth import DEPTH_PROTOCOLS as DEPTH_PROTOCOLS
+from vision3dgen.metrics.depth import DepthErrors as DepthErrors
+from vision3dgen.metrics.depth import DepthEvaluator as DepthEvaluator
+from vision3dgen.metrics.depth import DepthProtocol as DepthProtocol
+from vision3dgen.metrics.depth import align_depth as align_depth
+from vision3dgen.metrics.depth import depth_errors as depth_errors
 from vision3dgen.metrics.evaluation import evaluate as evaluate
 from vision3dgen.metrics.evaluation import evaluate_distributed as evaluate_distributed
 from vision3dgen.metrics.evaluation import read_results as read_results
@@ -40,6 +46,13 @@ from vision3dgen.metrics.language import pointing as pointing
 from vision3dgen.metrics.likelihood import LikelihoodEvaluator as LikelihoodEvaluator
 from vision3dgen.metrics.likelihood import LikelihoodScores as LikelihoodScores
 from vision3dgen.metrics.likelihood import bits_per_dim as bits_per_dim
+from vision3dgen.metrics.maps import MapEvaluator as MapEvaluator
+from vision3dgen.metrics.maps import MapScores as MapScores
+from vision3dgen.metrics.maps import summarize_maps as summarize_maps
+from vision3dgen.metrics.normals import NormalErrors as NormalErrors
+from vision3dgen.metrics.normals import NormalsEvaluator as NormalsEvaluator
+from vision3dgen.metrics.normals import angles_between as angles_between
+from vision3dgen.metrics.normals import normal_errors as normal_errors
 from vision3dgen.metrics.prediction import Prediction as Prediction
 from vision3dgen.metrics.protocols import PROTOCOLS as PROTOCOLS
 from vision3dgen.metrics.protocols import Protocol as Protocol
@@ -69,4 +82,6 @@ EVALUATIONS: dict[str, type[Evaluator]] = {
     "generation": GenerationEvaluator,
     "language": LanguageEvaluator,
     "likelihood": LikelihoodEvaluator,
+    "depth": DepthEvaluator,
+    "normals": NormalsEvaluator,
 }

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from vision3dgen.models.baselines import MeanDepth as MeanDepth
 from vision3dgen.models.baselines import MeanShape as MeanShape
 from vision3dgen.models.baselines import OracleNeighbor as OracleNeighbor
 from vision3dgen.models.baselines import Retrieval as Retrieval

@@ -68,6 +68,28 @@ class MeanShape:
         return [Prediction(self.mesh, self.voxels, None, frame) for frame in batch["frame"]]
 
 
+class MeanDepth:
+    """One picture of depth for every image: the mean of the training pictures, pixel by pixel.
+
+    Each pixel is the mean of the depths seen there, of all depths where none was ever seen.
+    """
+
+    def __init__(self, batches: Iterable[dict[str, Any]]):
+        total: Tensor | float = 0.0
+        count: Tensor | float = 0.0
+        for batch in batches:
+            depth = batch["depth"].cpu().double()
+            seen = (depth > 0) & depth.isfinite()
+            total = total + depth.where(seen, 0).sum(0)
+            count = count + seen.sum(0)
+        if not isinstance(total, Tensor) or not isinstance(count, Tensor) or not bool(count.any()):
+            raise ValueError("the mean depth needs at least one training picture with a depth above 0")
+        self.depth = torch.where(count > 0, total / count.clamp(min=1), total.sum() / count.sum()).float()  # (1, H, W)
+
+    def predict(self, batch: dict[str, Any]) -> list[Prediction]:
+        return [Prediction(maps={"depth": self.depth}) for _ in batch["id"]]
+
+
 class Retrieval:
     """The training shape whose view looks most like the image (largest cosine of descriptors)."""
 

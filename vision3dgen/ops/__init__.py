@@ -1,5 +1,9 @@
 from vision3dgen.ops.backends import use_backend as use_backend
 from vision3dgen.ops.boxes import box3d_overlap as box3d_overlap
+from vision3dgen.ops.depth import depth_to_mesh as depth_to_mesh
+from vision3dgen.ops.depth import depth_to_pointclouds as depth_to_pointclouds
+from vision3dgen.ops.depth import depth_to_points as depth_to_points
+from vision3dgen.ops.depth import normals_from_depth as normals_from_depth
 from vision3dgen.ops.inside import contains as contains
 from vision3dgen.ops.inside import nearest_faces as nearest_faces
 from vision3dgen.ops.inside import point_triangle_distance as point_triangle_distance

@@ -2,6 +2,9 @@
 
 from vision3dgen.viz.attention import attention_gallery as attention_gallery
 from vision3dgen.viz.attention import attention_overlay as attention_overlay
+from vision3dgen.viz.depth import depth_gallery as depth_gallery
+from vision3dgen.viz.depth import depth_picture as depth_picture
+from vision3dgen.viz.depth import normals_picture as normals_picture
 from vision3dgen.viz.gallery import curves as curves
 from vision3dgen.viz.gallery import figure_of as figure_of
 from vision3dgen.viz.gallery import gallery as gallery
