@@ -24,21 +24,22 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from vision3dgen import __version__, engine
-from vision3dgen.backbones import BACKBONES, load_weights
+from vision3dgen.backbones import BACKBONES, VIEW_ENCODERS, load_weights
 from vision3dgen.config import Config, ConfigError, Named, arguments, build, choose, construct, load, save
 from vision3dgen.datasets import AUGMENTATIONS, CATEGORIES, DATASETS, PREPARE, Augment, Augmented, collate
 from vision3dgen.engine import Data, Trainer, to_device
 from vision3dgen.files import atomic_write
 from vision3dgen.heads import HEADS
-from vision3dgen.io import read_image, save_mesh
+from vision3dgen.io import read_image, save_mesh, save_pointcloud
 from vision3dgen.metrics import EVALUATIONS, Evaluator, Prediction, Scores, ShapeEvaluator
 from vision3dgen.models import DECODERS, MODELS
-from vision3dgen.structures import Frame
+from vision3dgen.structures import Frame, Pointclouds
 from vision3dgen.viz import Sample, Shown, show
 
 PARTS: dict[str, Mapping[str, Callable[..., Any]]] = {  # sections of a model that are built first, in this order
     "trunk": BACKBONES,
     "backbone": BACKBONES,
+    "encoder": VIEW_ENCODERS,
     "head": HEADS,
     "decoder": DECODERS,
 }
@@ -150,7 +151,7 @@ class Experiment:
 def build_parts(node: Any, table: Mapping[str, Callable[..., Any]], /, *, where: str = "", **given: Any) -> Any:
     """`config.build`, after the sections of `node` that `PARTS` names, which are built and passed in the same way.
 
-    The parts beside a `backbone` whose constructors take `channels` or `strides` are given the backbone's.
+    The parts beside a `backbone` or an `encoder` whose constructors take `channels` or `strides` are given its own.
     """
     target, rest = choose(node, table, where=where)
     parts: dict[str, Any] = {}
@@ -159,8 +160,9 @@ def build_parts(node: Any, table: Mapping[str, Callable[..., Any]], /, *, where:
             continue
         inside = f"{where}.{key}" if where else key
         part, _ = choose(rest[key], choices, where=inside)
-        wanted = {"channels", "strides"} & set(inspect.signature(part).parameters) if "backbone" in parts else set()
-        own = {name: getattr(parts["backbone"], name) for name in sorted(wanted)}
+        before = next((parts[name] for name in ("encoder", "backbone") if name in parts), None)
+        wanted = set() if before is None else {"channels", "strides"} & set(inspect.signature(part).parameters)
+        own = {name: getattr(before, name) for name in sorted(wanted)}
         parts[key] = build_parts(rest[key], choices, where=inside, **own)
     return build(_without(node, *parts), table, where=where, **parts, **given)
 
@@ -278,7 +280,8 @@ class Run:
     def reconstruct(self, images: Sequence[Path], out: Path, *, device: torch.device | str = "cpu") -> list[Path]:
         """Shapes of image files as NAME.glb and NAME.ply in `out`, in the canonical frame: one image has no scale.
 
-        Pictures with alpha are put on white. They should be square and show one object, as the training images do.
+        Clouds are written as NAME.ply alone. Pictures with alpha are put on white. They should be square and show one
+        object, as the training images do.
         """
         self._require_shapes("reconstruct")
         predict = predictor(self.model(device), device)
@@ -292,6 +295,10 @@ class Run:
             (prediction,) = predict(batch)
             if prediction.shape is None or prediction.shape.isempty():
                 warnings.warn(f"{path}: the prediction is empty, no file is written for it", stacklevel=2)
+                continue
+            if isinstance(prediction.shape, Pointclouds):
+                written.append(out / f"{path.stem}.ply")
+                save_pointcloud(written[-1], prediction.shape)
                 continue
             for suffix in ("glb", "ply"):
                 written.append(out / f"{path.stem}.{suffix}")
@@ -356,7 +363,10 @@ def samples(
         shapes = {name: predict(batch)[0].shape for name, predict in predictors.items()}
         synset, model, view = item["id"].split("/")
         title = f"{CATEGORIES.get(synset, synset)} {model[:8]} {view}"
-        found.append(Sample(item["image"], item["mesh"], shapes, item["camera"], item["frame"], title))
+        image, camera = item["image"], item["camera"]
+        if image.ndim == 4:  # of several views the first one is shown
+            image, camera = image[0], camera[0]
+        found.append(Sample(image, item["mesh"], shapes, camera, item["frame"], title))
     return found
 
 

@@ -13,6 +13,7 @@ from vision3dgen.models.decoders import RecurrentDecoder as RecurrentDecoder
 from vision3dgen.models.decoders import SequenceDecoder as SequenceDecoder
 from vision3dgen.models.decoders import TransformerDecoder as TransformerDecoder
 from vision3dgen.models.language import MaskedLanguageModel as MaskedLanguageModel
+from vision3dgen.models.multi_view import MultiView as MultiView
 from vision3dgen.models.recognition import Classifier as Classifier
 from vision3dgen.models.recognition import FullyConnected as FullyConnected
 from vision3dgen.models.recognition import LinearClassifier as LinearClassifier
@@ -22,10 +23,12 @@ from vision3dgen.models.recognition import Recognition as Recognition
 from vision3dgen.models.search import beam_search as beam_search
 from vision3dgen.models.single_view import IMAGENET_MEAN as IMAGENET_MEAN
 from vision3dgen.models.single_view import IMAGENET_STD as IMAGENET_STD
+from vision3dgen.models.single_view import Reconstruction as Reconstruction
 from vision3dgen.models.single_view import SingleView as SingleView
 
 MODELS: dict[str, type[nn.Module]] = {
     "single_view": SingleView,
+    "multi_view": MultiView,
     "linear_classifier": LinearClassifier,
     "fully_connected": FullyConnected,
     "classifier": Classifier,
