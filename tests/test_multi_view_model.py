@@ -9,7 +9,8 @@ import torch
 from vision3dgen import cli
 from vision3dgen.backbones import MultiViewEncoder, ViewPooling, resnet18, resnet20
 from vision3dgen.config import ConfigError, load
-from vision3dgen.datasets import ShapeNet, collate, prepare_procedural
+from vision3dgen.datasets import Augment, ShapeNet, collate, prepare_procedural
+from vision3dgen.datasets.augment import Crop
 from vision3dgen.experiment import Run, build_parts, samples
 from vision3dgen.heads import Head, PointHead, VolumeHead
 from vision3dgen.io import load_pointcloud
@@ -87,6 +88,18 @@ def test_one_random_view_is_drawn_as_before_there_were_several(data):
     one = ShapeNet(data, "train", fields=("image",), views="random", views_per_item=1)
     assert plain[0]["image"].shape == (3, 137, 137)
     assert one[0]["image"].shape == (1, 3, 137, 137)
+
+
+def test_each_view_is_augmented_on_its_own(data):
+    item = ShapeNet(data, "train", fields=("image", "camera"), views="first", views_per_item=3)[0]
+    generator = torch.Generator().manual_seed(0)
+    moved = Augment([Crop((101, 103))])(item, generator)
+    assert moved["image"].shape == (3, 3, 101, 103)
+    offsets = (item["camera"].intrinsics - moved["camera"].intrinsics)[:, :2, 2].round().int()  # left, top
+    assert len(offsets.unique(dim=0)) == 3
+    for view, (left, top) in enumerate(offsets.tolist()):
+        window = item["image"][view, :, top : top + 101, left : left + 103]
+        torch.testing.assert_close(moved["image"][view], window, atol=1e-4, rtol=0)
 
 
 def test_more_views_than_there_are_is_an_error_that_names_the_item(data):
