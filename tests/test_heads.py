@@ -7,19 +7,30 @@ import torch
 from tests.published import OUTPUTS, filled, layout, shapes_of, uniform
 from vision3dgen.backbones import resnet18
 from vision3dgen.experiment import build_parts
-from vision3dgen.heads import HEADS, Head, OccupancyHead, VoxelHead
+from vision3dgen.heads import HEADS, Head, OccupancyHead, Squares, VoxelHead
 from vision3dgen.heads.voxel import PRIOR
 from vision3dgen.models import IMAGENET_MEAN, IMAGENET_STD, MODELS, SingleView
 from vision3dgen.ops import ico_sphere
-from vision3dgen.structures import Camera, Frame, GridSpec
+from vision3dgen.structures import Camera, Frame, GridSpec, Pointclouds
+
+TINY = {
+    "voxels": {"resolution": 16, "width": 8, "code_channels": 13},
+    "voxel_tubes": {"resolution": 16, "width": 7},
+    "volume": {"resolution": 16, "widths": (7, 7, 5, 3)},
+    "occupancy": {"hidden": 17, "resolution": 7, "code_channels": 13},
+    "points": {"points": 23, "hidden": 17, "code_channels": 13},
+    "points_two_branch": {"points": 787, "width": 16, "hidden": 17},
+    "atlas": {"template": Squares(5), "points": 35, "hidden": 7, "code_channels": 13},
+}
 
 
 def tiny_head(name):
-    settings = {"voxels": {"resolution": 16, "width": 8}, "occupancy": {"hidden": 17, "resolution": 7}}
-    return HEADS[name]([5, 11], code_channels=13, **settings[name])
+    return HEADS[name]([5, 11], **TINY[name])
 
 
-def features():
+def features(name=""):
+    if name == "volume":
+        return [torch.rand(3, 11, 2, 2, 2)]
     return [torch.rand(3, 5, 7, 9), torch.rand(3, 11, 4, 5)]
 
 
@@ -27,13 +38,15 @@ def batch():
     generator = torch.Generator().manual_seed(0)
     points = torch.rand(3, 19, 3, generator=generator) - 0.5
     occupied = (torch.rand(3, 19, generator=generator) > 0.5).float()
-    return {"points": points, "occupancies": occupied, "voxels": torch.rand(3, 16, 16, 16, generator=generator) > 0.5}
+    voxels = torch.rand(3, 16, 16, 16, generator=generator) > 0.5
+    surface = Pointclouds([torch.rand(size, 3, generator=generator) - 0.5 for size in (29, 31, 0)])
+    return {"points": points, "occupancies": occupied, "voxels": voxels, "surface": surface}
 
 
 @pytest.mark.parametrize("name", ["occupancy", "voxels"])  # heads that know an inside
 def test_every_head_of_shapes_keeps_the_contract(name):
     head = tiny_head(name)
-    prediction = head(features())
+    prediction = head(features(name))
     losses = head.loss(prediction, batch())
     assert torch.isfinite(losses["loss"])
     losses["loss"].backward()
@@ -41,6 +54,10 @@ def test_every_head_of_shapes_keeps_the_contract(name):
     head.eval()
     shapes = head.shape(prediction)
     assert len(shapes) == 3
+    assert all(values.shape == (3,) for values in head.validation_metrics(prediction, batch()).values())
+    if head.threshold is None:
+        assert head.occupancy(prediction, batch()["points"]) is None
+        return
     probability = head.occupancy(prediction, batch()["points"])
     assert probability.shape == (3, 19)
     assert ((probability >= 0) & (probability <= 1)).all()

@@ -9,6 +9,7 @@ RUN/samples/             of a generator: samples.npz, and samples.png of images
 """
 
 import inspect
+import itertools
 import json
 import os
 import platform
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from vision3dgen import __version__, engine
-from vision3dgen.backbones import BACKBONES, ENCODERS, POINT_ENCODERS, LoadedWeights, load_weights
+from vision3dgen.backbones import BACKBONES, ENCODERS, POINT_ENCODERS, VIEW_ENCODERS, LoadedWeights, load_weights
 from vision3dgen.config import Config, ConfigError, Named, arguments, build, choose, construct, load, save
 from vision3dgen.datasets import AUGMENTATIONS, CATEGORIES, DATASETS, PREPARE, Augment, Augmented, collate
 from vision3dgen.engine import Data, Trainer, to_device
@@ -33,7 +34,7 @@ from vision3dgen.engine.processes import processes
 from vision3dgen.files import atomic_write
 from vision3dgen.generators import GENERATORS
 from vision3dgen.heads import HEADS
-from vision3dgen.io import load_pointcloud, read_binvox, read_image, save_mesh, save_npz
+from vision3dgen.io import load_pointcloud, read_binvox, read_image, save_mesh, save_npz, save_pointcloud
 from vision3dgen.metrics import (
     EVALUATIONS,
     Evaluator,
@@ -54,7 +55,7 @@ PARTS: dict[str, Mapping[str, Callable[..., Any]]] = {  # sections of a model th
     "trunk": BACKBONES,
     "backbone": BACKBONES,
     "network": POINT_ENCODERS,
-    "encoder": ENCODERS,
+    "encoder": {**ENCODERS, **VIEW_ENCODERS},
     "head": HEADS,
     "decoder": DECODERS,
 }
@@ -229,15 +230,15 @@ def build_parts(node: Any, table: Mapping[str, Callable[..., Any]], /, *, where:
         inside = f"{where}.{key}" if where else key
         part, _ = choose(rest[key], choices, where=inside)
         own: dict[str, Any] = {}
-        for source in {"backbone", "encoder"} & parts.keys():
-            for name in GIVEN_TO_PARTS:
-                parameter = inspect.signature(part).parameters.get(name)
-                value = getattr(parts[source], name, None)
-                if parameter is not None and value is not None:
-                    own[name] = value
-                elif parameter is not None and parameter.default is parameter.empty:
-                    named, of = rest[key]["name"], rest[source]["name"]
-                    raise ConfigError(f"{inside}: {named!r} needs {name}, which the {source} {of!r} does not have")
+        sources = [name for name in ("encoder", "backbone") if name in parts][:1]
+        for source, name in itertools.product(sources, GIVEN_TO_PARTS):
+            parameter = inspect.signature(part).parameters.get(name)
+            value = getattr(parts[source], name, None)
+            if parameter is not None and value is not None:
+                own[name] = value
+            elif parameter is not None and parameter.default is parameter.empty:
+                named, of = rest[key]["name"], rest[source]["name"]
+                raise ConfigError(f"{inside}: {named!r} needs {name}, which the {source} {of!r} does not have")
         parts[key] = build_parts(rest[key], choices, where=inside, **own)
     return build(_without(node, *parts), table, where=where, **parts, **given)
 
@@ -329,7 +330,7 @@ class Run:
 
         Of an image the shape is in the canonical frame, for it has no scale; it should be square and show one object,
         as the training images do, and alpha is put on white. Of a cloud (ply, npz, xyz) or voxels (binvox) it is where
-        the input is.
+        the input is. Clouds are written as NAME.ply alone.
         """
         self._require_shapes("reconstruct")
         model = self.model(device)
@@ -342,6 +343,10 @@ class Run:
                 warnings.warn(f"{path}: the prediction is empty, no file is written for it", stacklevel=2)
                 continue
             assert prediction.frame is not None
+            if isinstance(prediction.shape, Pointclouds):
+                written.append(out / f"{path.stem}.ply")
+                save_pointcloud(written[-1], prediction.frame.denormalize(prediction.shape))
+                continue
             for suffix in ("glb", "ply"):
                 written.append(out / f"{path.stem}.{suffix}")
                 save_mesh(written[-1], prediction.frame.denormalize(prediction.shape))
@@ -510,7 +515,10 @@ def samples(
         shapes |= {name: _in_object_frame(predict(batch)[0], item) for name, predict in predictors.items()}
         synset, model, view = item["id"].split("/")
         title = f"{CATEGORIES.get(synset, synset)} {model[:8]} {view}"
-        found.append(Sample(item.get("image"), item["mesh"], shapes, item.get("camera"), item["frame"], title))
+        image, camera = item.get("image"), item.get("camera")
+        if image is not None and image.ndim == 4:  # of several views the first one is shown
+            image, camera = image[0], camera[0]
+        found.append(Sample(image, item["mesh"], shapes, camera, item["frame"], title))
     return found
 
 

@@ -24,8 +24,11 @@ from vision3dgen.backbones.fpn import FPNS as FPNS
 from vision3dgen.backbones.fpn import resnet_fpn as resnet_fpn
 from vision3dgen.backbones.hybrid import HYBRIDS as HYBRIDS
 from vision3dgen.backbones.hybrid import Hybrid as Hybrid
+from vision3dgen.backbones.multiview import VIEW_ENCODERS as VIEW_ENCODERS
 from vision3dgen.backbones.multiview import MultiViewEncoder as MultiViewEncoder
 from vision3dgen.backbones.multiview import R2N2Encoder as R2N2Encoder
+from vision3dgen.backbones.multiview import ViewEncoder as ViewEncoder
+from vision3dgen.backbones.multiview import ViewPooling as ViewPooling
 from vision3dgen.backbones.points import DGCNN as DGCNN
 from vision3dgen.backbones.points import POINT_ENCODERS as POINT_ENCODERS
 from vision3dgen.backbones.points import PointEncoder as PointEncoder

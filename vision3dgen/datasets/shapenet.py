@@ -82,6 +82,8 @@ class ShapeNet(torch.utils.data.Dataset[dict[str, Any]]):
     are made of surface samples, from seed, epoch and index too.
     views: "all" (one item per view), "first", a number (that many first views), or "random" (one item per model, its
     view drawn from seed, epoch and index). Without a per-view field there is one item per model.
+    views_per_item: None for one view, else as many distinct ones, stacked in front, (V, 3, H, W), in every per-view
+    field: the first ones with views "first", "random" ones in random order; the item is named after its first view.
     points_per_item, surface_points: how many samples an item gets, drawn without replacement from seed, epoch and
     index; None for all in the file.
     image_size: side to resize pictures and cameras to (antialiased; depth, normals and mask take the nearest pixel);
@@ -103,6 +105,7 @@ class ShapeNet(torch.utils.data.Dataset[dict[str, Any]]):
         categories: Sequence[str] | None = None,
         fields: Sequence[str] = ("image", "camera", "voxels", "points", "surface", "mesh"),
         views: Literal["all", "first", "random"] | int = "all",
+        views_per_item: int | None = None,
         points_per_item: int | None = None,
         surface_points: int | None = None,
         cloud: InputCloud | None = None,
@@ -124,7 +127,14 @@ class ShapeNet(torch.utils.data.Dataset[dict[str, Any]]):
             check_choice("views", views, ("all", "first", "random"))
         elif views < 1:
             raise ValueError(f"views must be at least 1, got {views}")
-        for name, count in (("points_per_item", points_per_item), ("surface_points", surface_points)):
+        if views_per_item is not None and views not in ("first", "random"):
+            raise ValueError(f"views_per_item needs views to be 'first' or 'random', got {views!r}")
+        counts = {
+            "points_per_item": points_per_item,
+            "surface_points": surface_points,
+            "views_per_item": views_per_item,
+        }
+        for name, count in counts.items():
             if count is not None and count < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {count}")
         self.cloud = cloud or InputCloud()
@@ -133,6 +143,7 @@ class ShapeNet(torch.utils.data.Dataset[dict[str, Any]]):
         self.root, self.folders = _find_folders(root)
         self.split, self.fields, self.views, self.seed = split, tuple(dict.fromkeys(fields)), views, seed
         self.points_per_item, self.surface_points = points_per_item, surface_points
+        self.views_per_item = views_per_item
         self.image_size = image_size or render_size
         self.render_size, self.background, self.voxel_placement = render_size, background, voxel_placement
         self.epoch = 0
@@ -186,24 +197,24 @@ class ShapeNet(torch.utils.data.Dataset[dict[str, Any]]):
         index %= len(self)
         model, number = self.items[index]
         rng = np.random.default_rng([self.seed, self.epoch, index])
-        if self.views == "random" and number is not None:
-            listed = self._views[model]
-            number = listed[int(rng.integers(len(listed)))].number
-        return self._read(model, number, rng)
+        if number is None:
+            return self._read(model, [], rng)
+        listed = [view.number for view in self._views[model]]
+        if self.views != "random":
+            return self._read(model, [number] if self.views_per_item is None else listed[: self.views_per_item], rng)
+        if self.views_per_item is None:
+            return self._read(model, [listed[int(rng.integers(len(listed)))]], rng)
+        return self._read(model, rng.choice(listed, self.views_per_item, replace=False).tolist(), rng)
 
-    def _read(self, model: Model, number: int | None, rng: np.random.Generator) -> dict[str, Any]:
+    def _read(self, model: Model, numbers: list[int], rng: np.random.Generator) -> dict[str, Any]:
         item: dict[str, Any] = {}
         for name in self.fields:
-            if name == "image":
-                item[name] = _to_float(self._cached(self._image, model, number)) / 255
-            elif name == "mask":
-                item[name] = _to_float(self._cached(self._mask, model, number))[None]
-            elif name == "depth":
-                item[name] = _to_float(self._cached(self._depth, model, number))[None]
-            elif name == "normals":
-                item[name] = _to_float(self._cached(self._normals, model, number))
-            elif name == "camera":
-                item[name] = self._cached(self._camera, model, number)
+            if name in PER_VIEW:
+                seen = [self._read_view(name, model, number) for number in numbers]
+                if self.views_per_item is None:
+                    (item[name],) = seen
+                else:
+                    item[name] = Camera.stack(seen) if name == "camera" else torch.stack(seen)
             elif name == "voxels":
                 item[name] = _to_float(self._cached(self._voxels, model))
             elif name == "mesh":
@@ -224,7 +235,7 @@ class ShapeNet(torch.utils.data.Dataset[dict[str, Any]]):
                 item["cloud"] = self._input_cloud(model, rng.spawn(1)[0])
         item["frame"] = self.frame(model)
         item["category"] = model.synset
-        item["id"] = _item_id(model, number)
+        item["id"] = _item_id(model, numbers[0] if numbers else None)
         return item
 
     def _input_cloud(self, model: Model, rng: np.random.Generator) -> Pointclouds:
@@ -232,6 +243,17 @@ class ShapeNet(torch.utils.data.Dataset[dict[str, Any]]):
         chosen = points[_draw(rng, len(points), self.cloud.points, f"cloud.points of {model}")].astype(np.float32)
         noise = rng.standard_normal(chosen.shape, dtype=np.float32) * np.float32(self.cloud.noise)
         return Pointclouds([torch.from_numpy(chosen + noise)])
+
+    def _read_view(self, name: str, model: Model, number: int) -> Any:
+        if name == "image":
+            return _to_float(self._cached(self._image, model, number)) / 255
+        if name == "mask":
+            return _to_float(self._cached(self._mask, model, number))[None]
+        if name == "depth":
+            return _to_float(self._cached(self._depth, model, number))[None]
+        if name == "normals":
+            return _to_float(self._cached(self._normals, model, number))
+        return self._cached(self._camera, model, number)
 
     def _cached(self, read: Any, *key: Any) -> Any:
         if not self._keep:
@@ -315,25 +337,32 @@ class ShapeNet(torch.utils.data.Dataset[dict[str, Any]]):
             self._views[model] = self._list_views(model)
         except (ValueError, OSError) as error:
             return [*problems, Problem(str(model), _path_in(error), str(error), True)]
+        count = len(self._views[model])
+        if count < (self.views_per_item or 1):
+            folder = self._folder("renderings", model)
+            reason = f"{folder}: {count} views, but views_per_item asks for {self.views_per_item}"
+            problems.append(Problem(str(model), str(folder), reason, True))
         present = {path: set(os.listdir(path)) if path.is_dir() else set() for path in self._view_folders(model)}
         for view in self._chosen_views(model):
             for name in PER_VIEW & set(self.fields) - {"camera"}:
                 path = self._view_file(model, name, view.number)
                 if path.name not in present[path.parent]:
-                    identifier = _item_id(model, view.number)
+                    identifier = self._owner(model, view.number)
                     problems.append(Problem(identifier, str(path), f"the file for {name!r} does not exist", True))
         return problems
 
     def _items(self) -> list[tuple[Model, int | None]]:
         if not PER_VIEW & set(self.fields):
             return [(model, None) for model in self.models]
-        if self.views == "random":
+        if self.views == "random" or self.views_per_item is not None:
             return [(model, self._views[model][0].number) for model in self.models if self._views.get(model)]
         return [(model, view.number) for model in self.models for view in self._chosen_views(model)]
 
     def _chosen_views(self, model: Model) -> list[View]:
         listed = self._views.get(model, [])
-        return listed if self.views in ("all", "random") else listed[: 1 if self.views == "first" else int(self.views)]
+        if self.views in ("all", "random"):
+            return listed
+        return listed[: (self.views_per_item or 1) if self.views == "first" else int(self.views)]
 
     def _list_views(self, model: Model) -> list[View]:
         """The views rendering_metadata.txt describes, in the order of renderings.txt (or 00, 01, ...)."""
@@ -399,13 +428,17 @@ class ShapeNet(torch.utils.data.Dataset[dict[str, Any]]):
         for model, number in self.items:
             if {str(model), _item_id(model, number)} & bad:
                 continue
-            numbers = [number] if self.views != "random" else [view.number for view in self._views[model]]
-            for each in numbers:
+            several = number is not None and (self.views == "random" or self.views_per_item is not None)
+            for each in [view.number for view in self._chosen_views(model)] if several else [number]:
                 try:
-                    self._read(model, each, np.random.default_rng(0))
+                    self._read(model, [] if each is None else [each], np.random.default_rng(0))
                 except (ValueError, OSError) as error:
-                    problems.append(Problem(_item_id(model, each), _path_in(error), str(error), True))
+                    problems.append(Problem(self._owner(model, each), _path_in(error), str(error), True))
         return problems
+
+    def _owner(self, model: Model, number: int | None) -> str:
+        """The item a fault in a view belongs to: the model where an item takes several views."""
+        return str(model) if self.views_per_item is not None else _item_id(model, number)
 
     # -------------------------------------------------------------------------------------------- reading things
 

@@ -1,5 +1,13 @@
 """Task heads: feature maps in, a prediction out, with its loss and the shape it stands for."""
 
+from vision3dgen.heads.atlas import OUTPUTS as OUTPUTS
+from vision3dgen.heads.atlas import TEMPLATES as TEMPLATES
+from vision3dgen.heads.atlas import AsCloud as AsCloud
+from vision3dgen.heads.atlas import AsMesh as AsMesh
+from vision3dgen.heads.atlas import Atlas as Atlas
+from vision3dgen.heads.atlas import AtlasHead as AtlasHead
+from vision3dgen.heads.atlas import Sphere as Sphere
+from vision3dgen.heads.atlas import Squares as Squares
 from vision3dgen.heads.decoder import SkipDecoder as SkipDecoder
 from vision3dgen.heads.depth import DEPTH_LOSSES as DEPTH_LOSSES
 from vision3dgen.heads.depth import DepthHead as DepthHead
@@ -25,22 +33,34 @@ from vision3dgen.heads.occupancy import OccupancyHead as OccupancyHead
 from vision3dgen.heads.pixel2mesh import Deformation as Deformation
 from vision3dgen.heads.pixel2mesh import DeformationLosses as DeformationLosses
 from vision3dgen.heads.pixel2mesh import Pixel2MeshHead as Pixel2MeshHead
+from vision3dgen.heads.points import CLOUD_LOSSES as CLOUD_LOSSES
+from vision3dgen.heads.points import ChamferLoss as ChamferLoss
+from vision3dgen.heads.points import EarthMoversLoss as EarthMoversLoss
+from vision3dgen.heads.points import PointHead as PointHead
+from vision3dgen.heads.points import TwoBranchPointHead as TwoBranchPointHead
 from vision3dgen.heads.refinement import MeshRefinement as MeshRefinement
 from vision3dgen.heads.refinement import RefinementStage as RefinementStage
 from vision3dgen.heads.refinement import StageLosses as StageLosses
 from vision3dgen.heads.refinement import TrueSurface as TrueSurface
 from vision3dgen.heads.refinement import true_surface as true_surface
 from vision3dgen.heads.sphere import SphereHead as SphereHead
+from vision3dgen.heads.voxel import VolumeHead as VolumeHead
 from vision3dgen.heads.voxel import VoxelHead as VoxelHead
+from vision3dgen.heads.voxel import VoxelTubeHead as VoxelTubeHead
 
 HEADS: dict[str, type[Head]] = {
+    "atlas": AtlasHead,
     "depth": DepthHead,
     "local_occupancy": LocalOccupancyHead,
     "normals": NormalsHead,
     "occupancy": OccupancyHead,
     "pixel2mesh": Pixel2MeshHead,
+    "points": PointHead,
+    "points_two_branch": TwoBranchPointHead,
     "sphere": SphereHead,
     "sphere_init": SphereInitHead,
+    "volume": VolumeHead,
+    "voxel_tubes": VoxelTubeHead,
     "voxels": VoxelHead,
     "voxmesh": VoxMeshHead,
 }

@@ -15,6 +15,7 @@ from vision3dgen.models.decoders import RecurrentDecoder as RecurrentDecoder
 from vision3dgen.models.decoders import SequenceDecoder as SequenceDecoder
 from vision3dgen.models.decoders import TransformerDecoder as TransformerDecoder
 from vision3dgen.models.language import MaskedLanguageModel as MaskedLanguageModel
+from vision3dgen.models.multi_view import MultiView as MultiView
 from vision3dgen.models.recognition import Classifier as Classifier
 from vision3dgen.models.recognition import FullyConnected as FullyConnected
 from vision3dgen.models.recognition import LinearClassifier as LinearClassifier
@@ -30,6 +31,7 @@ from vision3dgen.models.single_view import SingleView as SingleView
 MODELS: dict[str, type[nn.Module]] = {
     "single_view": SingleView,
     "completion": Completion,
+    "multi_view": MultiView,
     "linear_classifier": LinearClassifier,
     "fully_connected": FullyConnected,
     "classifier": Classifier,

@@ -1,4 +1,4 @@
-"""One image in, one shape out: a backbone and a head."""
+"""One image in, one shape out: a backbone and a head; and what all models have that predict shapes with a head."""
 
 from typing import Any
 
