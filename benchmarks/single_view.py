@@ -2,9 +2,10 @@
 
     python benchmarks/single_view.py --config configs/single_view_quick.yaml --out runs/single_view_quick
 
-Makes the data if the configuration says how, trains one run per entry of `runs`, scores them and three baselines that
-do not reconstruct (mean shape, retrieval, oracle retrieval) under every protocol of the configuration, and leaves in
-the output folder: table.md, table.jsonl, gallery.png, curves.png, meshes/*.glb and *.ply, and one run folder per entry.
+Makes the data if the configuration says how, trains one run per entry of `runs`, scores them under what their
+`evaluation` names, shapes beside three baselines that do not reconstruct (mean shape, retrieval, oracle retrieval) and
+depth beside the mean depth, and leaves in the output folder: table.md, table.jsonl, gallery.png, depth.png, curves.png,
+meshes/*.glb and *.ply, and one run folder per entry. A run may start from an earlier one: `weights: {backbone: NAME}`.
 Interrupted, it goes on where it was.
 """
 
@@ -25,14 +26,15 @@ from rich.markdown import Markdown
 from torch import Tensor
 
 from vision3dgen.config import Config, ConfigError, load, merge
+from vision3dgen.datasets import collate
 from vision3dgen.engine import ModelProfile, profile_model, to_device
 from vision3dgen.experiment import Run, environment, predictor, samples, score
 from vision3dgen.files import atomic_write
 from vision3dgen.io import save_mesh
-from vision3dgen.metrics import Prediction, Summary
-from vision3dgen.models import MeanShape, OracleNeighbor, Retrieval, ShapeLibrary
+from vision3dgen.metrics import DepthEvaluator, Evaluator, MapScores, Prediction, Scores, ShapeEvaluator, Summary
+from vision3dgen.models import MeanDepth, MeanShape, OracleNeighbor, Retrieval, ShapeLibrary
 from vision3dgen.structures import Meshes
-from vision3dgen.viz import curves, reconstruction_gallery
+from vision3dgen.viz import curves, depth_gallery, reconstruction_gallery
 
 Predict = Callable[[Mapping[str, Any]], list[Prediction]]
 console = Console(width=None if sys.stdout.isatty() else 160)
@@ -62,24 +64,28 @@ def main() -> int:
         run.train(resume=True)
         seconds[name] = time.perf_counter() - began
 
-    experiment = next(iter(runs.values())).experiment
     costs = {}
     for name, run in runs.items():
         console.rule(f"{name}: cost of a prediction")
         costs[name] = cost(run, device)
-    predictors = with_baselines(runs, device)
-    first_weights = {"features": next(iter(runs.values())).weights()}  # what retrieval compares with
-    tables = {}
-    for protocol in experiment.evaluation.protocols:
-        summaries = {}
-        for name, predict in predictors.items():
-            console.rule(f"{name}: scoring under {protocol}")
-            folder = options.out / name / "evaluation"
-            about = {"weights": runs[name].weights()} if name in runs else {"baseline": name} | first_weights
-            summaries[name] = score(folder, experiment, predict, protocol, about=about)
-        tables[protocol] = summaries
+    models = {name: run.model(device) for name, run in runs.items()}
+    baselines, first_weights = baselines_of(runs, models, device)
+    tables: dict[str, dict[str, Scores]] = {}
+    for kind, others in baselines.items():
+        mine = {name: run for name, run in runs.items() if type(run.experiment.evaluation) is kind}
+        for protocol in next(iter(mine.values())).experiment.evaluation.names:
+            found = tables[f"{kind.__name__}: {protocol}"] = {}
+            for name, predict in [*others.items(), *((name, predictor(models[name], device)) for name in mine)]:
+                console.rule(f"{name}: scoring under {protocol}")
+                experiment = runs[name].experiment if name in mine else next(iter(mine.values())).experiment
+                about = {"weights": runs[name].weights()} if name in mine else {"baseline": name} | first_weights
+                folder = options.out / name / "evaluation"
+                found[name] = score(folder, experiment, predict, protocol, about=about)
     write_tables(options.out, tables, seconds, costs)
+    predictors = baselines[ShapeEvaluator] | {name: predictor(model, device) for name, model in models.items()}
     draw(options.out, runs, predictors, options.gallery)
+    if DepthEvaluator in baselines:
+        draw_depth(options.out, runs, baselines[DepthEvaluator] | predictors, options.gallery)
     console.print(Markdown((options.out / "table.md").read_text()))
     console.print(
         f"{options.out}: table.md table.jsonl gallery.png curves.png meshes/   {time.perf_counter() - start:.0f} s"
@@ -92,26 +98,43 @@ def create_runs(config: Config, out: Path) -> dict[str, Run]:
     if not isinstance(config.get("runs"), Config):
         raise ConfigError(f"{config.source}: needs runs: a mapping of names to what differs between them")
     shared = Config({k: v for k, v in config.items() if k != "runs"}, config.source, config.sources)
-    return {name: Run.create(out / name, merge(shared, own)) for name, own in config["runs"].items()}
+    runs: dict[str, Run] = {}
+    for name, own in config["runs"].items():
+        merged = merge(shared, own)
+        for part, source in (merged.get("weights") or {}).items():
+            if source in runs:
+                merged["weights"][part] = str(runs[source].folder)
+        runs[name] = Run.create(out / name, merged)
+    return runs
 
 
-def with_baselines(runs: Mapping[str, Run], device: torch.device) -> dict[str, Predict]:
-    """Every trained run, after the baselines; retrieval compares features of the first run's trained backbone."""
-    models = {name: run.model(device) for name, run in runs.items()}
-    first, experiment = next(iter(models.values())), next(iter(runs.values())).experiment
+def baselines_of(
+    runs: Mapping[str, Run], models: Mapping[str, Any], device: torch.device
+) -> tuple[dict[type[Evaluator], dict[str, Predict]], dict[str, str]]:
+    """The baselines of each kind of evaluation, and the weights that retrieval depends on.
+
+    Retrieval compares features of the trained backbone of the first run that predicts shapes.
+    """
+    kinds = {name: type(run.experiment.evaluation) for name, run in runs.items()}
+    found: dict[type[Evaluator], dict[str, Predict]] = {kind: {} for kind in kinds.values()}
+    first = next(name for name, kind in kinds.items() if kind is ShapeEvaluator)
+    experiment = runs[first].experiment
 
     @torch.no_grad()
     def features(images: Tensor) -> Tensor:
-        return first.features(images.to(device))[-1].mean(dim=(2, 3))
+        return models[first].features(images.to(device))[-1].mean(dim=(2, 3))
 
     shapes = experiment.dataset("train", fields=("image", "voxels", "mesh"))
     library = ShapeLibrary.gather(experiment.batches(shapes, 32), features)
-    return {
+    found[ShapeEvaluator] = {
         "mean shape": MeanShape(library).predict,
         "retrieval": Retrieval(library, features).predict,
         "oracle retrieval": OracleNeighbor(library).predict,
-        **{name: predictor(model, device) for name, model in models.items()},
     }
+    if DepthEvaluator in found:
+        depths = experiment.dataset("train", fields=("depth",))
+        found[DepthEvaluator] = {"mean depth": MeanDepth(experiment.batches(depths, 32)).predict}
+    return found, {"features": runs[first].weights()}
 
 
 class Cost(NamedTuple):
@@ -146,7 +169,7 @@ def cost(run: Run, device: torch.device) -> Cost:
 
 def write_tables(
     out: Path,
-    tables: Mapping[str, Mapping[str, Summary]],
+    tables: Mapping[str, Mapping[str, Scores]],
     seconds: Mapping[str, float],
     costs: Mapping[str, Cost],
 ) -> None:
@@ -156,7 +179,8 @@ def write_tables(
     text = [f"Measured {date.today().isoformat()} on {machine}.\n"]
     records = []
     for protocol, summaries in tables.items():
-        text += [f"## Protocol `{protocol}`\n", comparison(summaries, costs)]
+        shapes = {name: summary for name, summary in summaries.items() if isinstance(summary, Summary)}
+        text += [f"## {protocol}\n", comparison(shapes, costs) if shapes else map_comparison(summaries)]
         for name, summary in summaries.items():
             record = {"date": date.today().isoformat(), "method": name, "training_seconds": seconds.get(name)}
             measured = costs[name]._asdict() if name in costs else {}
@@ -191,6 +215,30 @@ def comparison(summaries: Mapping[str, Summary], costs: Mapping[str, Cost]) -> s
         rows.append([name, *cells(summary.headline, summary.spread), counts, *costly])
     rows.append(["*truth against truth*", *cells(any_summary.ceiling, {}), "", *[""] * len(COSTS)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def map_comparison(scores: Mapping[str, Scores]) -> str:
+    """Methods by row, means over pictures by column."""
+    maps = {name: found for name, found in scores.items() if isinstance(found, MapScores)}
+    columns = list(dict.fromkeys(column for found in maps.values() for column in found.mean))
+    rows = [["method", *columns, "ok / failed"], ["---", *["---:"] * (len(columns) + 1)]]
+    for name, found in maps.items():
+        cells = ["-" if (value := found.mean.get(column)) is None else f"{value:.4f}" for column in columns]
+        rows.append([name, *cells, f"{found.n_ok} / {found.n_failed}"])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def draw_depth(out: Path, runs: Mapping[str, Run], predictors: Mapping[str, Predict], count: int) -> None:
+    """depth.png: images, true depths, predicted depths and their errors."""
+    names = [name for name, run in runs.items() if isinstance(run.experiment.evaluation, DepthEvaluator)]
+    dataset = runs[names[0]].experiment.dataset("test")
+    chosen = [
+        dataset[index] for index in sorted({round(i * (len(dataset) - 1) / max(count - 1, 1)) for i in range(count)})
+    ]
+    depths = {
+        name: [predictors[name](collate([item]))[0].maps["depth"] for item in chosen] for name in ("mean depth", *names)
+    }
+    depth_gallery([item["image"] for item in chosen], [item["depth"] for item in chosen], depths, out / "depth.png")
 
 
 def draw(out: Path, runs: Mapping[str, Run], predictors: Mapping[str, Predict], count: int) -> None:

@@ -72,6 +72,9 @@ DEPTH_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 VIRTUAL_NORMALS = "virtual_normals"  # the one that needs cameras
 
 
+FOREGROUND = 0.15  # about the share of a rendering that its object covers, which the mask starts at
+
+
 class DepthHead(Head):
     """Depth (B, 1, H, W) of every pixel of the view, along the optical axis.
 
@@ -104,6 +107,10 @@ class DepthHead(Head):
         self.bounds, self.form, self.foreground, self.max_jump = (min_depth, max_depth), form, foreground, max_jump
         self.decoder = SkipDecoder(channels, strides, width=width, name=upsampling)
         self.last = nn.Conv2d(width, 2 if foreground else 1, 1)
+        if foreground:
+            assert self.last.bias is not None
+            with torch.no_grad():
+                self.last.bias[1] = math.log(FOREGROUND / (1 - FOREGROUND))
 
     def forward(self, features: list[Tensor], view: View | None = None) -> DepthPrediction:
         if view is None:
