@@ -13,6 +13,7 @@ from vision3dgen import cli
 from vision3dgen.backbones import read_weights
 from vision3dgen.convert import CONVERSIONS, convert, convert_back, write_published, write_run
 from vision3dgen.experiment import Run, build_parts
+from vision3dgen.heads.mesh import PUBLISHED_K
 from vision3dgen.models import MODELS
 from vision3dgen.structures import Pointclouds
 
@@ -62,6 +63,31 @@ def make(shared_data, tmp_path):
         return published_file(tmp_path / f"{name}.pt", filled(layout(shared_data, name)))
 
     return make
+
+
+@pytest.mark.parametrize(
+    ("name", "system", "head"),
+    [
+        ("meshrcnn_voxmesh", "meshrcnn", "voxmesh"),
+        ("meshrcnn_sphereinit", "meshrcnn", "sphere_init"),
+        ("meshrcnn_pixel2mesh", "pixel2mesh+", "sphere_init"),
+    ],
+)
+def test_mesh_rcnn_converts_whole_and_back(shared_data, tmp_path, name, system, head):
+    state = filled(layout(shared_data, name)) | {"K": torch.tensor(PUBLISHED_K)}
+    conversion = convert(system, published_file(tmp_path / "theirs.pt", state))
+    assert conversion.is_whole
+    assert conversion.constants == ["K"]
+    assert conversion.model["head"]["name"] == head
+    assert len(conversion.mapped) == len(state) - 1
+    run = write_run(conversion, tmp_path / "run")
+    assert same_bits({k: v for k, v in run.model().state_dict().items() if k in conversion.state}, conversion.state)
+    back = convert_back(system, tmp_path / "run")
+    assert back.is_whole
+    assert same_bits(back.state, state)
+    wrong = convert(system, published_file(tmp_path / "wrong.pt", state | {"K": torch.eye(4)}))
+    with pytest.raises(ValueError, match="1 unmapped"):  # another camera than the heads have
+        write_run(wrong, tmp_path / "other")
 
 
 @pytest.mark.parametrize("name", sorted(NETWORKS))

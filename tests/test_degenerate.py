@@ -618,6 +618,9 @@ EXEMPT = {
         ("gradient_matching_loss", "normals_loss", "scale_invariant_depth_loss", "silog_loss", "virtual_normal_loss"),
         "takes pictures: tests/test_depth_losses.py",
     ),
+    **dict.fromkeys(("field_normals", "refine_surface"), "takes a field: tests/test_refine.py"),
+    "simplify_mesh": "takes a mesh of a field: tests/test_refine.py",
+    "FeatureLayout": "describes, computes nothing",
     "box3d_overlap": "takes boxes, which are checked: tests/test_boxes.py",
 }
 

@@ -154,7 +154,7 @@ def test_the_spread_is_over_repeats_of_the_average(tmp_path):
     rows = read_results(tmp_path / "rows.jsonl")[1]
     averages = [sum(row["metrics"][repeat]["CD"] for row in rows) / 6 for repeat in range(3)]
     assert summary.per_instance["CD"] == pytest.approx(sum(averages) / 3)
-    assert summary.spread["CD"] == pytest.approx(float(torch.tensor(averages).double().std()))
+    assert summary.spread["CD"] == pytest.approx(float(torch.tensor(averages, dtype=torch.float64).std()))
 
 
 def test_ious_are_what_they_should_be():

@@ -21,6 +21,7 @@ from vision3dgen.config import save
 from vision3dgen.engine import checkpoint
 from vision3dgen.experiment import Run, build_parts
 from vision3dgen.files import atomic_write
+from vision3dgen.heads.mesh import PUBLISHED_K, PUBLISHED_PREFIXES
 from vision3dgen.models import MODELS
 
 Shapes = Mapping[str, tuple[int, ...]]  # of the published parameters
@@ -185,13 +186,12 @@ def _section(published: Published, shapes: Shapes, path: Any) -> dict[str, Any]:
 
 
 def _own_shapes(section: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        model = build_parts(section, MODELS, where="model")
+    model = build_parts(section, MODELS, where="model")
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def _is_constant(published: Published, name: str, value: Tensor) -> bool:
-    return torch.equal(value, torch.tensor(published.constants[name], dtype=value.dtype))
+    return torch.allclose(value, torch.tensor(published.constants[name], dtype=value.dtype), atol=1e-6)
 
 
 def _compare(
@@ -318,6 +318,37 @@ def _count(shapes: Shapes, prefix: str) -> int:
     return len({name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)})
 
 
+def _meshrcnn_model(shapes: Shapes) -> dict[str, Any]:
+    """Sphere-Init and Pixel2Mesh+ have the same names and shapes: the file is taken for Sphere-Init's."""
+    head: dict[str, Any] = {"name": "sphere_init"}
+    if "voxel_head.predictor.weight" in shapes:
+        head = {"name": "voxmesh", "resolution": shapes["voxel_head.predictor.weight"][0]}
+    head |= {"stages": _count(shapes, "mesh_head.stages."), "hidden": shapes["mesh_head.stages.0.bottleneck.weight"][0]}
+    return {"name": "single_view", "backbone": {"name": "resnet50"}, "head": head}
+
+
+def _pixel2mesh_model(shapes: Shapes) -> dict[str, Any]:
+    model = _meshrcnn_model(shapes)
+    return model | {"head": model["head"] | {"level": 2, "subdivide": True}}
+
+
+_MESHRCNN: dict[str, Any] = {  # as published; the pictures are on black
+    "data": {"name": "shapenet", "root": "data", "background": [0.0, 0.0, 0.0]},
+    "splits": {
+        "train": {"fields": ["image", "camera", "voxels", "surface"], "surface_points": 5000},
+        "val": {"fields": ["image", "camera", "voxels", "points", "surface"], "views": "first"},
+        "test": {"fields": ["image", "camera", "voxels", "mesh"]},
+    },
+    "loader": {"batch_size": 64},
+    "trainer": {
+        "steps": 312_000,
+        "optimizer": {"name": "adam", "lr": 1e-4},
+        "validation": {"metric": "f1", "mode": "max", "every": 6_000},
+    },
+    "evaluation": {"protocols": ["meshrcnn", "pixel2mesh"], "split": "test"},
+}
+_MESH_MARKS = ("mesh_head.stages.0.bottleneck.weight", "backbone.stem.0.weight")
+
 _DECODER = {"decoder.": "head.decoder.", "encoder_latent.": "head.encoder_latent."}
 
 CONVERSIONS: dict[str, tuple[Published, ...]] = {
@@ -358,6 +389,34 @@ CONVERSIONS: dict[str, tuple[Published, ...]] = {
             {"encoder.": "encoder.", "decoder.": "head.decoder."},
             _local_model,
             _experiment(32, {}, ["voxels"]),
+        ),
+    ),
+    "meshrcnn": (
+        Published(
+            "Mesh R-CNN of ShapeNet, voxels and mesh",
+            ("voxel_head.predictor.weight", *_MESH_MARKS),
+            PUBLISHED_PREFIXES,
+            _meshrcnn_model,
+            _MESHRCNN,
+            constants={"K": PUBLISHED_K},
+        ),
+        Published(
+            "Mesh R-CNN of ShapeNet, sphere",
+            _MESH_MARKS,
+            PUBLISHED_PREFIXES,
+            _meshrcnn_model,
+            _MESHRCNN,
+            constants={"K": PUBLISHED_K},
+        ),
+    ),
+    "pixel2mesh+": (
+        Published(
+            "Pixel2Mesh+ of Mesh R-CNN",
+            _MESH_MARKS,
+            PUBLISHED_PREFIXES,
+            _pixel2mesh_model,
+            _MESHRCNN,
+            constants={"K": PUBLISHED_K},
         ),
     ),
 }
