@@ -31,7 +31,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from vision3dgen import losses, ops
-from vision3dgen.engine import memory_growth
+from vision3dgen.engine import memory_growth, seconds_of
 from vision3dgen.experiment import environment
 from vision3dgen.files import atomic_write
 from vision3dgen.io import load_mesh, to_open3d, to_pytorch3d, to_trimesh
@@ -104,13 +104,13 @@ def compete(contest: Contest, device: torch.device) -> list[Row]:
     """Medians of interleaved repetitions, and the memory of one."""
     runs = {name: with_backward(run, contest.leaves) for name, run in contest.contestants.items()}
     memory = {name: peak(run, device) for name, run in runs.items()}  # the first call warms up as well
-    first = {name: timed(run, device) for name, run in runs.items()}
+    first = {name: seconds_of(run, device) for name, run in runs.items()}
     slowest = max(first.values())
     repeats = int(min(max(SECONDS / max(slowest, 1e-6), REPEATS[0]), REPEATS[1]))
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            seconds[name].append(timed(run, device))
+            seconds[name].append(seconds_of(run, device))
     passes = "forward + backward" if contest.leaves else "forward"
     return [
         Row(contest.operator, contest.work, passes, name, statistics.median(seconds[name]), repeats, memory[name])
@@ -126,16 +126,6 @@ def with_backward(run: Run, leaves: tuple[Tensor, ...]) -> Run:
         torch.autograd.grad(run(), leaves)
 
     return both
-
-
-def timed(run: Run, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def peak(run: Run, device: torch.device) -> float | None:

@@ -40,6 +40,7 @@ from vision3dgen.engine.processes import share as share
 from vision3dgen.engine.profile import ModelProfile as ModelProfile
 from vision3dgen.engine.profile import memory_growth as memory_growth
 from vision3dgen.engine.profile import profile_model as profile_model
+from vision3dgen.engine.profile import seconds_of as seconds_of
 from vision3dgen.engine.search import Choice as Choice
 from vision3dgen.engine.search import Distribution as Distribution
 from vision3dgen.engine.search import Integer as Integer

@@ -41,7 +41,7 @@ def profile_model(model: nn.Module, batch: Any, *, images: int, seconds: float =
         memory = memory_growth(call, device)
         times: list[float] = []
         while len(times) < most and (len(times) < 3 or sum(times) < seconds):
-            times.append(_seconds(call, device))
+            times.append(seconds_of(call, device))
     finally:
         model.train(training)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -74,7 +74,8 @@ def _resident(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024
 
 
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
+    """How long a call takes, work queued on the device included."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()

@@ -24,7 +24,6 @@ from vision3dgen.heads.local_occupancy import LocalOccupancyHead as LocalOccupan
 from vision3dgen.heads.mesh import RefinedMeshes as RefinedMeshes
 from vision3dgen.heads.mesh import SphereInitHead as SphereInitHead
 from vision3dgen.heads.mesh import VoxMeshHead as VoxMeshHead
-from vision3dgen.heads.mesh import meshrcnn_to_vision3dgen as meshrcnn_to_vision3dgen
 from vision3dgen.heads.normals import NormalsHead as NormalsHead
 from vision3dgen.heads.occupancy import FieldHead as FieldHead
 from vision3dgen.heads.occupancy import OccupancyDecoder as OccupancyDecoder

@@ -1,8 +1,8 @@
 """Meshes from a picture, in the frame of its camera: voxels made a mesh and refined, or a sphere moved to the object.
 
 Source: Gkioxari et al. 2019, Mesh R-CNN (arXiv:1906.02739): VoxMesh, Sphere-Init and Pixel2Mesh+ of the ShapeNet
-experiments. Parameter names are the published ones under `voxel_head` and `mesh_head`; `meshrcnn_to_vision3dgen`
-renames a published state dict.
+experiments. Parameter names are the published ones under `voxel_head` and `mesh_head`; `vision3dgen convert` renames
+the rest of a published state dict.
 Differs: no first iterations on the voxels alone, and no step is left out for a large loss.
 """
 
@@ -157,22 +157,3 @@ PUBLISHED_PREFIXES = {
     "mesh_head.": "head.mesh_head.",
 }
 PUBLISHED_K = [[FOCAL, 0.0, 0.0, 0.0], [0.0, FOCAL, 0.0, 0.0], [0.0, 0.0, -CLIP[0], -CLIP[1]], [0.0, 0.0, -1.0, 0.0]]
-
-
-def meshrcnn_to_vision3dgen(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a published ShapeNet model of Mesh R-CNN under the names of `SingleView` and these heads.
-
-    Its projection `K` is no weight: it must be that of 3D-R2N2's renderings, which the heads take where a view has no
-    cameras, and is left out. Raises ValueError for another `K` and for names that are not Mesh R-CNN's.
-    """
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if name == "K":
-            if not torch.allclose(tensor.cpu().float(), torch.tensor(PUBLISHED_K), atol=1e-5):
-                raise ValueError(f"K must be the projection of 3D-R2N2's renderings, got {tensor.tolist()}")
-            continue
-        prefix = next((prefix for prefix in PUBLISHED_PREFIXES if name.startswith(prefix)), None)
-        if prefix is None:
-            raise ValueError(f"{name!r} is no parameter of a published ShapeNet model of Mesh R-CNN")
-        renamed[PUBLISHED_PREFIXES[prefix] + name.removeprefix(prefix)] = tensor
-    return renamed

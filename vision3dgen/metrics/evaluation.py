@@ -18,7 +18,7 @@ import torch
 from vision3dgen.engine.loading import to_device
 from vision3dgen.engine.processes import gather_objects, raised_by_all, share
 from vision3dgen.files import atomic_write
-from vision3dgen.metrics.prediction import Job, Prediction, blank_row, job_of, score_job, truths_of
+from vision3dgen.metrics.prediction import Job, Prediction, blank_row, job_of, predict_batch, score_job, truths_of
 from vision3dgen.metrics.protocols import Protocol
 from vision3dgen.metrics.summary import Row, Summary, summarize
 from vision3dgen.parallel import Lost, as_finished
@@ -176,7 +176,7 @@ def _jobs(
         if not pending:
             continue
         start = time.perf_counter()
-        predictions = _predict(run.predict, batch, len(truths))
+        predictions = predict_batch(run.predict, batch, len(truths))
         share_of_one = (time.perf_counter() - start) / len(truths)
         for index in pending:
             start, truth = time.perf_counter(), truths[index]
@@ -198,17 +198,6 @@ def _timed(job: Job) -> tuple[Row, float]:
     """The row of a job and the seconds it took."""
     start = time.perf_counter()
     return score_job(job), time.perf_counter() - start
-
-
-def _predict(predict: Predict, batch: Batch, size: int) -> list[Prediction]:
-    try:
-        with torch.no_grad():
-            predictions = list(predict(batch))
-    except Exception as error:  # the reason is written to every row of the batch and counted
-        return [Prediction(failure=f"predict: {type(error).__name__}: {error}")] * size
-    if len(predictions) != size:
-        raise ValueError(f"predict must give one Prediction per item, got {len(predictions)} for {size}")
-    return predictions
 
 
 # ------------------------------------------------------------------------------------------------ results file

@@ -9,12 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from vision3dgen.metrics.evaluation import Prediction
 from vision3dgen.metrics.evaluator import Batches, Evaluator, Predict
+from vision3dgen.metrics.prediction import Prediction, predict_batch
 
 Row = dict[str, Any]
 Values = dict[str, float | None]
@@ -77,7 +76,7 @@ class MapEvaluator(Evaluator):
                 rows += [done[item] for item in batch["id"] if item in done]
                 if all(item in done for item in batch["id"]):
                     continue
-                predictions = _predict(predict, batch)
+                predictions = predict_batch(predict, batch, len(batch["id"]))
                 for index, item in enumerate(batch["id"]):
                     if item in done:
                         continue
@@ -117,18 +116,6 @@ class MapEvaluator(Evaluator):
 
 def _repeated(names: Sequence[str]) -> list[str]:
     return [name for index, name in enumerate(names) if name in names[:index]]
-
-
-def _predict(predict: Predict, batch: Mapping[str, Any]) -> list[Prediction]:
-    size = len(batch["id"])
-    try:
-        with torch.no_grad():
-            predictions = list(predict(batch))
-    except Exception as error:  # the reason is written to every row of the batch and counted
-        return [Prediction(failure=f"predict: {type(error).__name__}: {error}")] * size
-    if len(predictions) != size:
-        raise ValueError(f"predict must give one Prediction per item, got {len(predictions)} for {size}")
-    return predictions
 
 
 def _resume(path: Path, header: Row) -> dict[str, Row]:

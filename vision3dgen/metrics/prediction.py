@@ -1,6 +1,6 @@
 """What a model says about one item, what is true about it, and the row that comparing them gives."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -41,6 +41,20 @@ class Prediction(NamedTuple):
     frame: Frame | None = None
     failure: str | None = None
     maps: Mapping[str, Tensor] = MappingProxyType({})
+
+
+def predict_batch(
+    predict: Callable[[Mapping[str, Any]], Sequence[Prediction]], batch: Mapping[str, Any], size: int
+) -> list[Prediction]:
+    """One prediction per item of a batch, without gradients; an exception becomes the failure of each of them."""
+    try:
+        with torch.no_grad():
+            predictions = list(predict(batch))
+    except Exception as error:  # the reason is written to every row of the batch and counted
+        return [Prediction(failure=f"predict: {type(error).__name__}: {error}")] * size
+    if len(predictions) != size:
+        raise ValueError(f"predict must give one Prediction per item, got {len(predictions)} for {size}")
+    return predictions
 
 
 class Truth(NamedTuple):
