@@ -236,6 +236,18 @@ def test_collate_keeps_empty_clouds():
     assert collate(items)["surface"].num_points_per_cloud().tolist() == [0, 7, 2]
 
 
+def test_collate_keeps_photographs_and_their_boxes_apart():
+    items = [
+        {"id": str(n), "image": torch.rand(3, 5, 4 + n), "boxes": torch.rand(n, 4), "labels": torch.arange(n)}
+        for n in range(3)
+    ]
+    batch = collate(items)
+    for key in ("image", "boxes", "labels"):
+        for value, item in zip(batch[key], items, strict=True):
+            torch.testing.assert_close(value, item[key])
+    assert collate(items[1:2] * 2)["image"].shape == (2, 3, 5, 5)
+
+
 def test_collate_names_what_does_not_fit():
     with pytest.raises(ValueError, match="at least one item"):
         collate([])

@@ -31,6 +31,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vision3dgen.datasets.collate import RAGGED
 from vision3dgen.engine.loading import EpochAware
 from vision3dgen.structures import Camera
 
@@ -428,7 +429,6 @@ class Augmented:
 # Keys by what becomes of them
 
 NEAREST = ("mask", "depth", "normals")
-RAGGED = ("masks", "boxes", "boxes_visible", "keypoints", "keypoints_visible")
 
 
 def _as_batch(sample: Mapping[str, Any]) -> dict[str, Any]:

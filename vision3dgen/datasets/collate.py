@@ -15,11 +15,16 @@ from vision3dgen.structures import (
 )
 
 
+# What an image has any number of: as many rows as objects.
+RAGGED = ("boxes", "boxes_visible", "crowd", "difficult", "keypoints", "keypoints_visible", "labels", "masks")
+
+
 def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One batch from items with the same keys.
 
     Tensors are stacked, `Meshes` and `Pointclouds` joined (their members may differ in size), `Camera`s stacked;
-    anything else (frames, ids, categories) becomes a list. Raises ValueError, naming the key and the item, when keys or
+    what an image has any number of (`RAGGED`) and anything else (frames, ids, categories) becomes a list, and so do the
+    images and maps of items with boxes where their sizes differ. Raises ValueError, naming the key and the item, when keys or
     the shapes of tensors differ.
     """
     if not items:
@@ -40,8 +45,10 @@ def _join(key: str, values: list[Any], items: Sequence[Mapping[str, Any]]) -> An
         return join_pointclouds_as_batch(values)
     if kind is Camera:
         return Camera.stack(values)
-    if not isinstance(values[0], Tensor):
+    if key in RAGGED or not isinstance(values[0], Tensor):
         return values
+    if "boxes" in items[0] and values[0].ndim >= 2 and len({value.shape[-2:] for value in values}) > 1:
+        return values  # a detector takes photographs as they are
     for value, item in zip(values, items):
         if value.shape != values[0].shape:
             raise ValueError(

@@ -13,6 +13,7 @@ from vision3dgen.structures.camera import Open3DCamera as Open3DCamera
 from vision3dgen.structures.camera import OpenGLCamera as OpenGLCamera
 from vision3dgen.structures.camera import Projection as Projection
 from vision3dgen.structures.camera import PyTorch3DCamera as PyTorch3DCamera
+from vision3dgen.structures.detections import Detections as Detections
 from vision3dgen.structures.frame import Frame as Frame
 from vision3dgen.structures.grid import GridSpec as GridSpec
 from vision3dgen.structures.meshes import Meshes as Meshes
