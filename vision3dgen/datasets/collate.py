@@ -14,7 +14,6 @@ from vision3dgen.structures import (
     join_pointclouds_as_batch,
 )
 
-
 # What an image has any number of: as many rows as objects.
 RAGGED = ("boxes", "boxes_visible", "crowd", "difficult", "keypoints", "keypoints_visible", "labels", "masks")
 
@@ -24,8 +23,8 @@ def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Tensors are stacked, `Meshes` and `Pointclouds` joined (their members may differ in size), `Camera`s stacked;
     what an image has any number of (`RAGGED`) and anything else (frames, ids, categories) becomes a list, and so do the
-    images and maps of items with boxes where their sizes differ. Raises ValueError, naming the key and the item, when keys or
-    the shapes of tensors differ.
+    images and maps of items with boxes where their sizes differ. Raises ValueError, naming the key and the item,
+    when keys or the shapes of tensors differ.
     """
     if not items:
         raise ValueError("a batch needs at least one item")
