@@ -48,7 +48,10 @@ SMALL = {
 
 def small(name, **more):
     torch.manual_seed(0)
-    return HEADS[name](CHANNELS, **{**SMALL[name], **more})
+    head = HEADS[name](CHANNELS, **{**SMALL[name], **more})
+    if name == "voxmesh":
+        nn.init.zeros_(head.voxel_head.predictor.bias)  # half full, above the threshold, where a new one is empty
+    return head
 
 
 def maps(batch=3, seed=0):
@@ -585,6 +588,11 @@ def test_empty_meshes_lose_nothing_and_keep_the_graph(members):
     shapes = head.shape(prediction)
     assert len(shapes) == 3
     assert [index for index in range(3) if not shapes.valid[index]] == members
+
+
+def test_new_voxels_are_empty():
+    logits = HEADS["voxmesh"](CHANNELS, resolution=8, width=5).voxel_head(maps()[-1])
+    assert logits.sigmoid().max() < HEADS["voxmesh"](CHANNELS).threshold
 
 
 def test_where_no_voxel_is_filled_the_middle_becomes_the_mesh():

@@ -4,6 +4,7 @@ Source: Gkioxari et al. 2019, Mesh R-CNN (arXiv:1906.02739), section 3.2 and its
 2D convolutions whose output channels are the voxels behind a pixel; the volume is that of 3D-R2N2's renderings.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -124,11 +125,15 @@ def read_voxels(values: Tensor, grid: GridSpec, points: Float[Tensor, "B N 3"]) 
     return values[batch, z, y, x] * inside
 
 
+FILLED = 0.1  # about the share of a view volume that an object fills
+
+
 class VoxelTubes(nn.Module):
     """Logits (B, D, H, W) of the voxels of a view volume from one map (B, C, H', W').
 
     The map is resized to half the resolution; four 3x3 convolutions and one transposed convolution follow, and a last
     one whose channels are the depths. Parameter names are the published ones.
+    Differs: a new network says `FILLED` everywhere, not a half, so that meshes do not start as the whole volume.
     """
 
     def __init__(self, channels: int, resolution: int = 48, width: int = 256):
@@ -144,6 +149,8 @@ class VoxelTubes(nn.Module):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             nn.init.zeros_(module.bias)
         nn.init.normal_(self.predictor.weight, std=0.001)
+        assert self.predictor.bias is not None
+        nn.init.constant_(self.predictor.bias, math.log(FILLED / (1 - FILLED)))
 
     def forward(self, features: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D H2 W2"]:
         size = self.resolution // 2

@@ -3,7 +3,7 @@
 Source: Gkioxari et al. 2019, Mesh R-CNN (arXiv:1906.02739): VoxMesh, Sphere-Init and Pixel2Mesh+ of the ShapeNet
 experiments. Parameter names are the published ones under `voxel_head` and `mesh_head`; `vision3dgen convert` renames
 the rest of a published state dict.
-Differs: no first iterations on the voxels alone, and no step is left out for a large loss.
+Differs: no first iterations on the voxels alone, which start out empty instead; no step is left out for a large loss.
 """
 
 from abc import ABC
@@ -70,14 +70,15 @@ class VoxMeshHead(RefinedMeshHead):
     resolution, depths: of the volume, see `Frustum`. threshold: probability from which a voxel is filled. fill_empty:
     where no voxel is, the middle half of the volume along each axis becomes the mesh, as published; else the mesh is
     empty. align: "topleft", as published, puts the cubes half a voxel further along each axis than the samples that the
-    truth is read at; "center" puts them around these. voxels: weight of the voxels' mean binary cross-entropy.
+    truth is read at; "center" puts them around these. width: of the voxels' convolutions. voxels: weight of the voxels'
+    mean binary cross-entropy.
     """
 
     def __init__(
         self, channels: list[int], *, resolution: int = 48,
         depths: tuple[float, float] = (Frustum.near, Frustum.far), threshold: float = 0.2, fill_empty: bool = True,
-        align: Literal["topleft", "center"] = "topleft", stages: int = 3, hidden: int = 128, voxels: float = 1.0,
-        losses: StageLosses = LIGHT_AND_PRETTY, convolution: Convolution = "csr",
+        align: Literal["topleft", "center"] = "topleft", width: int = 256, stages: int = 3, hidden: int = 128,
+        voxels: float = 1.0, losses: StageLosses = LIGHT_AND_PRETTY, convolution: Convolution = "csr",
     ):  # fmt: skip
         super().__init__(channels, losses, stages=stages, hidden=hidden, convolution=convolution)
         if not 0 < threshold < 1:
@@ -85,7 +86,7 @@ class VoxMeshHead(RefinedMeshHead):
         self.frustum = Frustum(resolution, *depths)
         self.threshold: float = threshold
         self.fill_empty, self.align, self.voxels = fill_empty, align, voxels
-        self.voxel_head = VoxelTubes(channels[-1], resolution)
+        self.voxel_head = VoxelTubes(channels[-1], resolution, width)
 
     def forward(self, features: list[Tensor], view: View | None = None) -> RefinedMeshes:
         intrinsics = picture_intrinsics(view, features[-1])
