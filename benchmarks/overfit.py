@@ -19,7 +19,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from single_view import create_runs
+from single_view import create_runs, select
 from torch import Tensor
 
 from vision3dgen.config import load
@@ -54,21 +54,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--preset", help="a named set of overrides in the configuration, such as tiny")
-    parser.add_argument("--runs", nargs="*", help="names of runs of the configuration (default: all)")
+    parser.add_argument("--runs", nargs="+", metavar="NAME", help="train and score these only (default: all)")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
     options = parser.parse_args()
 
-    runs = create_runs(load(CONFIG, options.overrides, preset=options.preset), options.out)
-    unknown = sorted(set(options.runs or []) - set(runs))
-    if unknown:
-        parser.error(f"--runs: {CONFIG} has no runs {unknown}; choose from {sorted(runs)}")
+    runs = select(create_runs(load(CONFIG, options.overrides, preset=options.preset), options.out), options.runs)
     found: dict[str, Found] = {}
-    for name in options.runs or runs:
-        runs[name].experiment.prepare_data()
+    for name, run in runs.items():
+        run.experiment.prepare_data()
         start = time.perf_counter()
-        runs[name].train(resume=True)
+        run.train(resume=True)
         seconds = time.perf_counter() - start
-        found[name] = measure(runs[name], seed=0)
+        found[name] = measure(run, seed=0)
         print(f"{name}: {seconds:.0f} s, {found[name].best:.3f} of the ceiling", flush=True)
     write(options.out, found)
     print((options.out / "table.md").read_text())
@@ -103,7 +100,7 @@ def f1_of_depth(batch: Mapping[str, Any], prediction: Prediction) -> float:
     """F1 at 1 % of the longest edge, of the predicted pixels of the object against the true ones, in space."""
     clouds = [depth_to_points(depth, batch["camera"])[0] for depth in (prediction.maps["depth"][None], batch["depth"])]
     shown = (prediction.maps["mask"][None] > 0.5)[0, 0], pixels_with_depth(batch["depth"])[0]
-    ours, true = (cloud[chosen][None] for cloud, chosen in zip(clouds, shown))
+    ours, true = (cloud[pixels][None] for cloud, pixels in zip(clouds, shown))
     within = float(batch["frame"][0].scale) * PERCENT
     precision, recall = near(ours, true, within), near(true, ours, within)
     return 2 * precision * recall / max(precision + recall, 1e-12)

@@ -25,7 +25,8 @@ from rich.logging import RichHandler
 from rich.markdown import Markdown
 from torch import Tensor
 
-from vision3dgen.config import Config, ConfigError, load, merge
+from vision3dgen.checks import check_choice
+from vision3dgen.config import Config, ConfigError, load, variants
 from vision3dgen.datasets import collate
 from vision3dgen.engine import ModelProfile, profile_model, to_device
 from vision3dgen.experiment import Run, environment, predictor, samples, score
@@ -45,6 +46,7 @@ def main() -> int:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--preset", help="a named set of overrides in the configuration, such as tiny")
+    parser.add_argument("--runs", nargs="+", metavar="NAME", help="train and score these only (default: all)")
     parser.add_argument("--gallery", type=int, default=8, help="test items drawn (default: 8)")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
     options = parser.parse_args()
@@ -55,7 +57,7 @@ def main() -> int:
     start = time.perf_counter()
 
     config = load(options.config, options.overrides, preset=options.preset)
-    runs = create_runs(config, options.out)
+    runs = select(create_runs(config, options.out), options.runs)
     seconds: dict[str, float] = {}
     for name, run in runs.items():
         console.rule(f"{name}: data and training")
@@ -94,18 +96,21 @@ def main() -> int:
 
 
 def create_runs(config: Config, out: Path) -> dict[str, Run]:
-    """One run per entry of `runs`, whose values replace those of the rest of the configuration."""
-    if not isinstance(config.get("runs"), Config):
-        raise ConfigError(f"{config.source}: needs runs: a mapping of names to what differs between them")
-    shared = Config({k: v for k, v in config.items() if k != "runs"}, config.source, config.sources)
+    """One run per variant of the configuration; a run that starts from another one's weights names it."""
     runs: dict[str, Run] = {}
-    for name, own in config["runs"].items():
-        merged = merge(shared, own)
-        for part, source in (merged.get("weights") or {}).items():
+    for name, own in variants(config).items():
+        for part, source in (own.get("weights") or {}).items():
             if source in runs:
-                merged["weights"][part] = str(runs[source].folder)
-        runs[name] = Run.create(out / name, merged)
+                own["weights"][part] = str(runs[source].folder)
+        runs[name] = Run.create(out / name, own)
     return runs
+
+
+def select(runs: Mapping[str, Run], names: list[str] | None) -> dict[str, Run]:
+    """The runs named, or all."""
+    for name in names or ():
+        check_choice("run", name, runs)
+    return {name: run for name, run in runs.items() if names is None or name in names}
 
 
 def baselines_of(
@@ -117,7 +122,9 @@ def baselines_of(
     """
     kinds = {name: type(run.experiment.evaluation) for name, run in runs.items()}
     found: dict[type[Evaluator], dict[str, Predict]] = {kind: {} for kind in kinds.values()}
-    first = next(name for name, kind in kinds.items() if kind is ShapeEvaluator)
+    first = next((name for name, kind in kinds.items() if kind is ShapeEvaluator), None)
+    if first is None:
+        raise ConfigError(f"one of the runs {sorted(runs)} must predict shapes: the baselines take its features")
     experiment = runs[first].experiment
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import pytest
 
 from vision3dgen import files
-from vision3dgen.config import Config, ConfigError, build, construct, load, save
+from vision3dgen.config import Config, ConfigError, build, construct, load, save, variants
 
 
 @dataclasses.dataclass
@@ -485,3 +485,27 @@ def test_sections_reach_a_function_as_mappings_with_their_sources(write):
     path = write("model: {name: trunk,\n channels: no}\ndata: {root: x}\n")
     assert fault(lambda: construct(train, load(path))).startswith(f"{path}, line 2: model.channels: expected int")
     assert "(did you mean 'steps'?)" in fault(lambda: construct(train, load(path, ["step=3"])))
+
+
+def test_variants_are_runs_times_across(write):
+    path = write(
+        "a: 1\nmodel: {name: one, width: 2}\n"
+        "runs: {plain: {}, wide: {model: {width: 5}}}\nacross: {x: {a: 2}, y: {model: {name: two}}}\n"
+    )
+    found = variants(load(path))
+    assert {name: dict(own) for name, own in found.items()} == {
+        "plain_x": {"a": 2, "model": {"name": "one", "width": 2}},
+        "plain_y": {"a": 1, "model": {"name": "two"}},
+        "wide_x": {"a": 2, "model": {"name": "one", "width": 5}},
+        "wide_y": {"a": 1, "model": {"name": "two"}},
+    }
+    alone = variants(load(write("a: 1\nruns: {plain: {}, other: {a: 3}}\n")))
+    assert {name: dict(own) for name, own in alone.items()} == {"plain": {"a": 1}, "other": {"a": 3}}
+
+
+@pytest.mark.parametrize(
+    "text, key", [("a: 1", "runs"), ("runs: [1]", "runs"), ("runs: {x: {}}\nacross: {y: 1}", "across")]
+)
+def test_variants_refuse_what_is_no_mapping_of_mappings(write, text, key):
+    with pytest.raises(ConfigError, match=f"needs {key}: a mapping"):
+        variants(load(write(text)))

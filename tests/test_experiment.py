@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vision3dgen import cli
-from vision3dgen.config import Config, ConfigError, construct, load, merge
+from vision3dgen.config import ConfigError, construct, load, variants
 from vision3dgen.experiment import Experiment, Run
 from vision3dgen.io import load_mesh
 
@@ -165,9 +165,8 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_of_the_repository_builds(path, preset):
     config = load(path, preset=preset)
-    shared = Config({k: v for k, v in config.items() if k != "runs"}, config.source, config.sources)
-    for own in config.get("runs", {"": Config({}, "", {})}).values():
-        construct(Experiment, merge(shared, own)).check()
+    for own in (variants(config) if "runs" in config else {"": config}).values():
+        construct(Experiment, own).check()
 
 
 @pytest.mark.slow

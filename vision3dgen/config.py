@@ -212,6 +212,9 @@ def _read_file(path: Path, above: tuple[Path, ...]) -> Config:
     return merge(_read_file(path.parent / parent, (*above, path)), config)
 
 
+VARIED = ("runs", "across")  # sections that are no part of an experiment but stand for several
+
+
 def merge(base: Config, over: Config) -> Config:
     """`base` with the values of `over`, key by key; a mapping that gives another `name` replaces the old one whole."""
     merged = Config(base, over.source, base.sources | over.sources)
@@ -221,6 +224,25 @@ def merge(base: Config, over: Config) -> Config:
             value = merge(old, value)
         merged[key] = value
     return merged
+
+
+def variants(config: Config) -> dict[str, Config]:
+    """What a configuration with `runs` stands for: one per entry, whose values replace those of the rest, by name.
+
+    With `across`, another such mapping, each run is there once with each of its entries, under RUN_ENTRY. A
+    configuration without `runs` is refused.
+    """
+    shared = Config({k: v for k, v in config.items() if k not in VARIED}, config.source, config.sources)
+    for key in VARIED:
+        entries = config.get(key, Config({}, config.source, {}) if key == "across" else None)
+        if not isinstance(entries, Config) or not all(isinstance(own, Config) for own in entries.values()):
+            raise ConfigError(f"{config.source}: needs {key}: a mapping of names to what differs between them")
+    across = config.get("across", {})
+    found = {}
+    for name, own in config["runs"].items():
+        merged = merge(shared, own)
+        found |= {f"{name}_{also}": merge(merged, more) for also, more in across.items()} or {name: merged}
+    return found
 
 
 def _same_name(old: Config, new: Config) -> bool:
