@@ -238,7 +238,7 @@ def variants(config: Config) -> dict[str, Config]:
         if not isinstance(entries, Config) or not all(isinstance(own, Config) for own in entries.values()):
             raise ConfigError(f"{config.source}: needs {key}: a mapping of names to what differs between them")
     across = config.get("across", {})
-    found = {}
+    found: dict[str, Config] = {}
     for name, own in config["runs"].items():
         merged = merge(shared, own)
         found |= {f"{name}_{also}": merge(merged, more) for also, more in across.items()} or {name: merged}
