@@ -23,7 +23,7 @@ from vision3dgen.datasets.shape_items import InputCloud as InputCloud
 from vision3dgen.datasets.shape_items import Model as Model
 from vision3dgen.datasets.shape_items import Problem as Problem
 from vision3dgen.datasets.shape_items import code_is_normal as code_is_normal
-from vision3dgen.files import safe_join
+from vision3dgen.datasets.splits import choose_split, onet_split, r2n2_split, read_split
 from vision3dgen.io import load_mesh, load_npz, read_binvox, read_depth_png, read_image
 from vision3dgen.structures import Camera
 
@@ -43,6 +43,7 @@ class View(NamedTuple):
     azimuth: float  # degrees
     elevation: float
     distance_ratio: float
+    fov: float = 25.0  # as the file says; not the field of view
 
 
 class ShapeNet(ShapeItems):
@@ -109,7 +110,7 @@ class ShapeNet(ShapeItems):
             cache=cache,
             seed=seed,
         )
-        self.root, self.folders = _find_folders(root)
+        self.root, self.folders = find_folders(root)
         self.split, self.render_size = split, render_size
 
         for name in self.fields:
@@ -117,7 +118,9 @@ class ShapeNet(ShapeItems):
             if not any(piece in self.folders for piece in needed):
                 names = " or ".join(FOLDERS[piece][0] for piece in needed)
                 raise ValueError(f"{self.root}: field {name!r} needs {names}, found {self._found()}")
-        self.split_name, chosen = self._choose(manifest)
+        self.split_name, division = self._choose(manifest)
+        self.split_sha256, chosen = division.sha256, division.members(split)
+        self._allowed = division.views_of(split)
         self.synsets = self._synsets(categories, chosen)
         self.models = [Model(synset, model) for synset in self.synsets for model in chosen[synset]]
         if not self.models:
@@ -144,45 +147,51 @@ class ShapeNet(ShapeItems):
     def _found(self) -> str:
         return ", ".join(str(path) for path in self.folders.values()) or "none of the public folders"
 
-    def _choose(self, manifest: str | None) -> tuple[str, dict[str, list[str]]]:
-        """The rule that decides membership, and the models of the split by synset."""
+    def _choose(self, manifest: str | None) -> tuple[str, SplitManifest]:
+        """What decides membership, in words, and the division."""
         listed = sorted((self.root / "splits").glob("*.json")) if self.root else []
         if manifest is not None:
             path = Path(manifest)
             if self.root and not path.is_file():
                 path = self.root / "splits" / f"{manifest}.json"
+            if not path.is_file() and (manifest in ("r2n2", "onet") or manifest.startswith("random(")):
+                return self._choose_by_rule(manifest)
             if not path.is_file():
                 names = [p.stem for p in listed] or "none"
-                raise ValueError(f"no split manifest {manifest!r}: neither a file nor in {path.parent} ({names})")
+                raise ValueError(
+                    f"no split manifest {manifest!r}: neither a file nor in {path.parent} ({names}), nor one of "
+                    "r2n2, onet, random(SEED)"
+                )
             listed = [path]
         if len(listed) > 1:
             raise ValueError(f"{self.root}: several split manifests, choose one: manifest={[p.stem for p in listed]}")
         if listed:
-            found = SplitManifest.read(listed[0], self.root or listed[0].parent)
-            splits = found.splits.values() if self.split == "all" else [found.splits[self.split]]
-            synsets = sorted({synset for members in found.splits.values() for synset in members})
-            chosen = {s: sorted(m for members in splits for m in members.get(s, [])) for s in synsets}
-            return f"{found.name} (version {found.version})", chosen
-        return self._choose_by_rule()
+            found = read_split(listed[0], self.root or listed[0].parent)
+            return f"{found.name} (version {found.version})", found
+        return self._choose_by_rule(None)
 
-    def _choose_by_rule(self) -> tuple[str, dict[str, list[str]]]:
+    def _choose_by_rule(self, wanted: str | None) -> tuple[str, SplitManifest]:
         base = next(self.folders[piece] for name in self.fields for piece in pieces_of(name) if piece in self.folders)
         ids = {folder.name: _subfolders(folder) for folder in sorted(base.iterdir()) if _is_synset(folder)}
         if not any(ids.values()):
             raise ValueError(f"{base}: no SYNSET/MODEL folders in it")
         samples = self.folders.get("samples")
-        lists = {s: samples / s / f"{self.split}.lst" for s in ids} if samples else {}
+        listed = samples and all((samples / s / f"{self.split}.lst").is_file() for s in ids)
+        if wanted == "onet" or (wanted is None and listed and self.split != "all"):
+            lists = onet_split(samples) if samples else None
+            if lists is None:
+                raise ValueError(f"{samples or base}: no train.lst, val.lst, test.lst of Occupancy Networks")
+            return "Occupancy Networks' lists", lists
+        if wanted is not None and wanted != "r2n2":
+            drawn = choose_split(wanted, ids, None, self.root or base)
+            return drawn.name, drawn
         if self.split == "all":
-            return "all", ids
-        if lists and all(path.is_file() for path in lists.values()):
-            return "Occupancy Networks' lists", {s: _read_list(path) for s, path in lists.items()}
+            return "all", r2n2_split(ids)
         if self.split == "val":
             raise ValueError(
                 f"{self.root or base}: no split manifest, and 3D-R2N2's rule has no 'val', only 'train' and 'test'"
             )
-        cut = {synset: int(0.8 * len(models)) for synset, models in ids.items()}
-        part = {s: models[: cut[s]] if self.split == "train" else models[cut[s] :] for s, models in ids.items()}
-        return "3D-R2N2's rule (sorted, 80 % train, 20 % test)", part
+        return "3D-R2N2's rule (sorted, 80 % train, 20 % test)", r2n2_split(ids)
 
     def _synsets(self, categories: Sequence[str] | None, chosen: Mapping[str, list[str]]) -> list[str]:
         if categories is None:
@@ -210,7 +219,7 @@ class ShapeNet(ShapeItems):
         if not PER_VIEW & set(self.fields):
             return problems
         try:
-            self._views[model] = self._list_views(model)
+            self._views[model] = self._allowed_views(model)
         except (ValueError, OSError) as error:
             return [*problems, Problem(str(model), _path_in(error), str(error), True)]
         count = len(self._views[model])
@@ -227,30 +236,16 @@ class ShapeNet(ShapeItems):
                     problems.append(Problem(identifier, str(path), f"the file for {name!r} does not exist", True))
         return problems
 
-    def _list_views(self, model: Model) -> list[View]:
-        """The views rendering_metadata.txt describes, in the order of renderings.txt (or 00, 01, ...)."""
-        folder = self._folder("renderings", model)
-        path = folder / "rendering_metadata.txt"
-        if not path.is_file():
-            raise ValueError(f"{path}: missing, it holds the cameras of the views")
-        lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
-        names = [f"{number:02d}.png" for number in range(len(lines))]
-        if (folder / "renderings.txt").is_file():
-            names = (folder / "renderings.txt").read_text().split()
-        if len(names) != len(lines) or not names:
-            raise ValueError(f"{path}: {len(lines)} cameras for {len(names)} pictures")
-        views = []
-        for number, (name, values) in enumerate(zip(names, lines)):
-            try:
-                azimuth, elevation, yaw, ratio = (float(value) for value in values[:4])
-                views.append(View(int(name.removesuffix(".png")), azimuth, elevation, ratio))
-            except ValueError as error:
-                raise ValueError(
-                    f"{path}: line {number + 1} for {name!r} is not 'azimuth elevation yaw ratio fov'"
-                ) from error
-            if yaw != 0:
-                raise ValueError(f"{path}: line {number + 1} turns the camera by {yaw} about its axis; only 0 is known")
-        return views
+    def _allowed_views(self, model: Model) -> list[View]:
+        """The views rendering_metadata.txt describes, but those of another split."""
+        views = read_views(self._folder("renderings", model))
+        if self._allowed is None:
+            return views
+        allowed = self._allowed.get(str(model), [])
+        absent = sorted(set(allowed) - {view.number for view in views})
+        if absent:
+            raise ValueError(f"{self._folder('renderings', model)}: {self.split_name} asks for views {absent}")
+        return [view for view in views if view.number in allowed]
 
     def _folder(self, piece: str, model: Model) -> Path:
         folder = self.folders[piece] / model.synset / model.id
@@ -337,6 +332,32 @@ class ShapeNet(ShapeItems):
         return Camera.from_r2n2(view.azimuth, view.elevation, view.distance_ratio, self.render_size)
 
 
+def read_views(folder: Path) -> list[View]:
+    """The views rendering_metadata.txt in a folder describes, in the order of renderings.txt (or 00, 01, ...)."""
+    path = folder / "rendering_metadata.txt"
+    if not path.is_file():
+        raise ValueError(f"{path}: missing, it holds the cameras of the views")
+    lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
+    names = [f"{number:02d}.png" for number in range(len(lines))]
+    if (folder / "renderings.txt").is_file():
+        names = (folder / "renderings.txt").read_text().split()
+    if len(names) != len(lines) or not names:
+        raise ValueError(f"{path}: {len(lines)} cameras for {len(names)} pictures")
+    views = []
+    for number, (name, values) in enumerate(zip(names, lines)):
+        try:
+            azimuth, elevation, yaw, ratio = (float(value) for value in values[:4])
+            fov = float(values[4]) if len(values) > 4 else 25.0
+            views.append(View(int(name.removesuffix(".png")), azimuth, elevation, ratio, fov))
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: line {number + 1} for {name!r} is not 'azimuth elevation yaw ratio fov'"
+            ) from error
+        if yaw != 0:
+            raise ValueError(f"{path}: line {number + 1} turns the camera by {yaw} about its axis; only 0 is known")
+    return views
+
+
 def pieces_of(name: str) -> tuple[str, ...]:
     """The folders that can serve a field, the preferred one first."""
     return {
@@ -353,7 +374,7 @@ def pieces_of(name: str) -> tuple[str, ...]:
     }[name]
 
 
-def _find_folders(root: Any) -> tuple[Path | None, dict[str, Path]]:
+def find_folders(root: Any) -> tuple[Path | None, dict[str, Path]]:
     """The root, None when its pieces are given one by one, and the folder of each piece that is there."""
     if isinstance(root, Mapping):
         for piece, place in root.items():
@@ -386,16 +407,6 @@ def _is_synset(folder: Path) -> bool:
 
 def _subfolders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-
-
-def _read_list(path: Path) -> list[str]:
-    models = path.read_text().split()
-    for model in models:
-        try:
-            safe_join(path.parent, model)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-    return sorted(models)
 
 
 def _path_in(error: Exception) -> str:

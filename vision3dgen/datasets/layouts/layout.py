@@ -7,7 +7,8 @@ A field is a group of arrays that are stored together:
 | mesh | verts (V, 3), faces (F, 3) |
 | points | points (N, 3), occupancies (N,) or packed bits; loc (3,), scale () where they are in a frame |
 | surface | points (N, 3); normals (N, 3), colors (N, 3), loc, scale where they are there |
-| sdf | pos (N, 4), neg (M, 4): x, y, z, signed distance, of points outside and inside, in the frame; loc, scale |
+| sdf | pos (N, 4), neg (M, 4): x, y, z, signed distance of points outside and inside, in the frame; or distances (N,) |
+|     | of the points of `points`, near_points (M, 3) and near_distances (M,); loc, scale |
 | voxels | voxels (D, H, W) = (z, y, x) bool, translate (3,), scale () |
 | image mask depth normals | one array of the field's name, (V, H, W[, C]) |
 | camera | numbers (V,), and r2n2 (V, 5), or world_mat (V, 3, 4) and camera_mat (V, 3, 3), or extrinsics and intrinsic |
