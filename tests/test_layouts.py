@@ -296,7 +296,9 @@ def test_what_is_in_the_files_coordinates_is_brought_into_the_frame(tmp_path):
     expected = Camera.from_r2n2(0, 26, 0.75, 7)
     assert torch.allclose(item["camera"].rotation.double(), expected.rotation, atol=1e-6)
     assert torch.allclose(item["camera"].intrinsics.double(), expected.intrinsics, atol=1e-6)
-    assert item["mask"].shape == (1, 7, 7) if "mask" in item else True
+    mask = Shapes(tmp_path, "train", fields=("mask",))[0]["mask"]  # the picture's alpha
+    alpha = np.array(Image.open(tmp_path / CHAIR / "a1" / "images" / "00.png"))[..., 3]
+    assert torch.equal(mask, torch.from_numpy(alpha > 127).float()[None])
 
 
 def test_rooms_draw_from_all_their_files(tmp_path):
@@ -328,8 +330,8 @@ def test_other_layouts_from_one(tmp_path):
         np.sort(np.concatenate([made["pos"], made["neg"]])[:, 3]).sum(),
         sdf["distances"].sum() + sdf["near_distances"].sum(),
     )
+    make_modelnet(tmp_path / "modelnet")
     with pytest.raises(ValueError, match="has no 'sdf', which this layout consists of"):
-        make_modelnet(tmp_path / "modelnet")
         unpack(tmp_path / "modelnet", tmp_path / "no", "deepsdf")
 
 
@@ -440,7 +442,7 @@ def test_check_names_item_and_file(tmp_path):
 def test_folders_of_no_layout(tmp_path):
     with pytest.raises(ValueError, match="its layout is none of packed, shapenet"):
         open_layout(tmp_path)
-    with pytest.raises(ValueError, match="unknown layout 'onett'.*did you mean 'onet'"):
+    with pytest.raises(ValueError, match=r"unknown layout 'onett'.*did you mean 'onet'"):
         open_layout(tmp_path, "onett")
     with pytest.raises(ValueError, match="no such folder"):
         open_layout(tmp_path / "x")
