@@ -1,4 +1,4 @@
-"""What a loader of shapes gives: items per second from files and from the packed store, and the memory of ten epochs."""
+"""What a loader of shapes gives: items per second from files and from the packed store, memory over ten epochs."""
 
 import argparse
 import json

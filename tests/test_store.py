@@ -173,6 +173,12 @@ def test_what_is_no_whole_store_is_not_opened(folder, case):
         Store(folder)
 
 
+def write_all(folder: Path, items: list) -> None:
+    with write_store(folder, "train") as writer:
+        for model, given in items:
+            writer.add(model, given)
+
+
 @pytest.mark.parametrize(
     "model, given, message",
     [
@@ -187,9 +193,9 @@ def test_what_is_no_whole_store_is_not_opened(folder, case):
     ],
 )
 def test_what_cannot_be_stored_leaves_nothing(tmp_path, model, given, message):
-    with pytest.raises(ValueError, match=message), write_store(tmp_path / "train", "train") as writer:
-        writer.add(Model(CHAIR, "old"), {"g/long": np.zeros((5, 3))})
-        writer.add(model, given)
+    items = [(Model(CHAIR, "old"), {"g/long": np.zeros((5, 3))}), (model, given)]
+    with pytest.raises(ValueError, match=message):
+        write_all(tmp_path / "train", items)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -214,10 +220,9 @@ def test_a_killed_writer_leaves_no_store(tmp_path):
         Store(left)
     with pytest.raises(ValueError, match="no split '' in this store; it has none"):
         open_layout(tmp_path, "packed")
-    with write_store(tmp_path / "train", "train") as writer:
-        writer.add(Model(CHAIR, "a1"), {})
-    with pytest.raises(ValueError, match="is there already"), write_store(tmp_path / "train", "train"):
-        pass
+    write_all(tmp_path / "train", [(Model(CHAIR, "a1"), {})])
+    with pytest.raises(ValueError, match="is there already"):
+        write_all(tmp_path / "train", [])
 
 
 # --------------------------------------------------------------------------------------------------- as a dataset

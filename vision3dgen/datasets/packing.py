@@ -97,7 +97,8 @@ def pack(
                     models, map_in_order(read, models, workers=workers or 1, title=f"packing {split}")
                 ):
                     if isinstance(found, str):
-                        rejected.append({"item": str(model), "reason": found})
+                        entry = {"item": str(model), "reason": found}
+                        rejected += [] if entry in rejected else [entry]  # its views may be in two splits
                         continue
                     arrays, size = found
                     if size is not None and about["render_size"] not in (None, list(size)):

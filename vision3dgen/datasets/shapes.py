@@ -172,16 +172,18 @@ class Shapes(ShapeItems):
     def check(self) -> list[Problem]:
         """Read every item once, of a packed store compare every checksum, and list what is missing or broken.
 
-        What is there but was not asked for is listed too where a model lacks it, as not required.
+        What was not asked for is listed too where a model lacks what others have, as not required.
         """
         problems = self._missing()
         if isinstance(self.layout, Packed):
             problems += self.layout.check()
-        asked = set(map(self._source, self.fields))
-        for field in self.layout.fields if not isinstance(self.layout, Packed) else ():
-            for model in self.models if field not in asked else []:
-                if (path := self.layout.missing(model, field)) is not None:
-                    problems.append(Problem(str(model), path, f"{path}: does not exist", False))
+        others = set(self.layout.fields) - set(map(self._source, self.fields))
+        for field in () if isinstance(self.layout, Packed) else sorted(others):
+            paths = {model: self.layout.missing(model, field) for model in self.models}
+            if any(path is None for path in paths.values()):
+                for model, path in paths.items():
+                    if path is not None:
+                        problems.append(Problem(str(model), path, f"{path}: does not exist", False))
         return problems + self._read_all({problem.item for problem in problems if problem.required})
 
     def _read_all(self, bad: set[str]) -> list[Problem]:

@@ -119,7 +119,7 @@ class Store:
         return list(self._entries)
 
     def has(self, model: Model, name: str) -> bool:
-        return name in self._entries and self._entries[name].starts[self.rows[model]] >= 0
+        return name in self._entries and bool(self._entries[name].starts[self.rows[model]] >= 0)
 
     def read(self, model: Model, name: str) -> np.ndarray:
         """An item's array, read-only: a view of the map, of which pages are read when they are looked at.
