@@ -261,6 +261,16 @@ def test_pictures_kept_at_a_size(packed):
         Shapes(packed / "small", "train", fields=("mesh",), manifest="random(1)")
 
 
+def test_the_mask_of_the_alpha_is_kept(packed, tmp_path):
+    shutil.copytree(packed / "in" / "ShapeNetRendering", tmp_path / "in" / "ShapeNetRendering")
+    pack(tmp_path / "in", tmp_path / "store", image_size=5)
+    small, large = (Shapes(tmp_path / place, "train", fields=("mask",), image_size=5) for place in ("store", "in"))
+    for index in range(len(large)):
+        assert torch.equal(small[index]["mask"], large[index]["mask"])
+    pack(tmp_path / "store", tmp_path / "again")
+    assert torch.equal(Shapes(tmp_path / "again", "train", fields=("mask",))[0]["mask"], large[0]["mask"])
+
+
 def test_workers_read_what_one_process_reads(packed):
     def batches(workers: int) -> list:
         data = Shapes(packed / "store", "train", fields=FIELDS, points_per_item=5, surface_points=3, views="random")
@@ -302,6 +312,7 @@ def test_the_command_line_and_doctor(packed, tmp_path, capsys):
     (tmp_path / "in" / "ShapeNet" / CHAIR / "a1" / "points.npz").write_bytes(b"x")
     assert cli.main(["pack", str(tmp_path / "in"), str(tmp_path / "t"), "--skip-broken"]) == 1
     assert json.loads((tmp_path / "t" / "rejected.json").read_text())[0]["item"] == f"{CHAIR}/a1"
+    assert sum(unpack(tmp_path / "t", tmp_path / "whole", "onet").counts.values()) == 2
 
 
 def test_unpack_into_what_is_not_empty(packed, tmp_path):

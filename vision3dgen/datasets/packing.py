@@ -79,7 +79,7 @@ def pack(
     }
     if isinstance(reader, Packed):
         about["render_size"] = reader.about["render_size"]
-        if reader.about["pictures"] and pictures is not None:
+        if reader.sized and pictures is not None:
             raise ValueError(f"{source}: its pictures were packed at a size already: {reader.about['pictures']}")
         about["pictures"] = reader.about["pictures"] or about["pictures"]
     counts: dict[str, int] = {}
@@ -192,9 +192,11 @@ def _read_model(
                 raise ValueError(f"{path}: the file for {field!r} does not exist")
             found = reader.read(model, field)
             check_field(reader.where(model, field), field, found)
-            if field in PICTURES:
+            if field in PICTURES and not reader.sized:
                 size = (int(found[field].shape[1]), int(found[field].shape[2]))
                 if pictures is not None:
+                    if field == "image" and found[field].shape[3] == 4 and "mask" not in fields:
+                        arrays["mask/mask"] = _at_size("mask", found[field][..., 3], pictures)  # else it would be lost
                     found = {**found, field: _at_size(field, found[field], pictures)}
             arrays |= {f"{field}/{key}": np.asarray(array) for key, array in found.items()}
         return arrays, size

@@ -228,7 +228,10 @@ class StoreWriter:
         else:
             data = values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
         start = -(-self._ends[name] // ALIGN) * ALIGN
-        self._files[name].write(b"\0" * (start - self._ends[name]) + data)
+        try:
+            self._files[name].write(b"\0" * (start - self._ends[name]) + data)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.folder / _file_of(name))) from error
         self._ends[name] = start + len(data)
         self._checksums[name] += [zlib.crc32(data[at : at + CHUNK]) for at in range(0, len(data), CHUNK)]
         return start

@@ -39,7 +39,8 @@ class Layout(ABC):
 
     fields: what its files may hold. writes: what `write` puts down, empty where the layout is only read.
     canonical: whether shapes without `loc` and `scale` are in the canonical frame, not in the mesh's coordinates.
-    trusted: whether arrays were checked when they were written.
+    trusted: whether arrays were checked when they were written. sized: whether pictures are kept at another size than
+    they were rendered at.
     """
 
     name: ClassVar[str]
@@ -47,6 +48,7 @@ class Layout(ABC):
     writes: ClassVar[tuple[str, ...]] = ()
     canonical: bool = False
     trusted: bool = False
+    sized: bool = False
 
     def __init__(self, root: str | os.PathLike[str]):
         self.root = Path(root)

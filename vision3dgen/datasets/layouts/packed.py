@@ -29,7 +29,8 @@ class Packed(Layout):
                 self._keys.setdefault(field, {})[key] = name
         self.fields = tuple(self._keys)
         self.about = self.stores[0].about
-        self.canonical = bool(self.about.get("canonical", False))
+        self.canonical = bool(self.about["canonical"])
+        self.sized = self.about["pictures"] is not None
 
     @classmethod
     def matches(cls, root: Path) -> bool:
@@ -42,9 +43,20 @@ class Packed(Layout):
         return {synset: sorted(ids) for synset, ids in sorted(found.items())}
 
     def manifest(self) -> SplitManifest | None:
+        """That of what was packed; models that were left out as broken are not in it."""
         listed = sorted((self.root / "splits").glob("*.json"))
         if len(listed) == 1:
-            return read_split(listed[0], self.root)
+            found = read_split(listed[0], self.root)
+            there = {store.split: set(store.models) for store in self.stores}
+            kept = {
+                split: {s: [m for m in ids if Model(s, m) in there.get(split, ())] for s, ids in members.items()}
+                for split, members in found.splits.items()
+            }
+            views = {
+                split: {m: v for m, v in of.items() if Model(*m.split("/", 1)) in there.get(split, ())}
+                for split, of in found.views.items()
+            }
+            return SplitManifest(found.name, found.version, found.seed, kept, views=views)
         splits: dict[str, dict[str, list[str]]] = {split: {} for split in SPLITS}
         for store in self.stores:
             for model in store.models if store.split in SPLITS else []:
