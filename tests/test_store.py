@@ -30,7 +30,7 @@ FIELDS = ("image", "points", "surface")
 
 def arrays(seed: int) -> dict[str, np.ndarray]:
     """One of each dtype, of 0 to 3 dimensions, ragged, among them empty ones and some of several checksums."""
-    made = {f"f/{np.dtype(d).name}": (numbers(seed + 1, 3, 7, seed=seed) * 9 - 4).astype(d) for d in DTYPES}
+    made = {f"f/{np.dtype(d).name}": (numbers(seed + 1, 3, 7, seed=seed) * 9).astype(d) for d in DTYPES}
     return made | {
         "g/scalar": np.array(seed + 0.5),
         "g/empty": np.zeros((seed, 3), np.float32),

@@ -10,6 +10,7 @@ from vision3dgen.datasets.manifest import SPLITS, SplitManifest
 from vision3dgen.datasets.shape_items import PER_VIEW, Arrays, Model, Problem
 from vision3dgen.datasets.splits import read_split
 from vision3dgen.datasets.store import open_splits
+from vision3dgen.files import FileError
 
 
 class Packed(Layout):
@@ -29,6 +30,8 @@ class Packed(Layout):
                 self._keys.setdefault(field, {})[key] = name
         self.fields = tuple(self._keys)
         self.about = self.stores[0].about
+        if "canonical" not in self.about or "split" not in self.about:
+            raise FileError(f"{self.root}: a packed store, but not one that pack wrote of shapes")
         self.canonical = bool(self.about["canonical"])
         self.sized = self.about["pictures"] is not None
 
