@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-from vision3dgen.datasets import LAYOUTS, ShapeNet, Shapes, SplitManifest, find_layout
+from vision3dgen.datasets import LAYOUTS, ShapeNet, Shapes, SplitManifest, find_layout, open_layout
+from vision3dgen.datasets.shape_items import Model
 from vision3dgen.datasets.shapenet import FIELDS, FOLDERS, pieces_of
 from vision3dgen.doctor.finding import Finding
 
@@ -21,8 +22,7 @@ def examine_folder(folder: str | os.PathLike[str]) -> list[Finding]:
         raise ValueError(f"{root} is not a folder")
     layout = find_layout(root)
     if layout is not None and layout != "shapenet":
-        fields = sorted(set(FIELDS) & set(LAYOUTS[layout](root).fields), key=FIELDS.index)
-        return [_examine_field(root, name, Shapes) for name in fields]
+        return _examine_layout(root, layout)
     there = {piece for piece, names in FOLDERS.items() if any((root / name).is_dir() for name in names)}
     if not there:
         known = ", ".join(name for names in FOLDERS.values() for name in names)
@@ -36,6 +36,21 @@ def examine_folder(folder: str | os.PathLike[str]) -> list[Finding]:
         for name in FIELDS
     ]
     return [*findings, *(_examine_manifest(root, path) for path in sorted((root / "splits").glob("*.json")))]
+
+
+def _examine_layout(root: Path, name: str) -> list[Finding]:
+    try:
+        layout = open_layout(root, name)
+        models = [Model(synset, model) for synset, ids in layout.members().items() for model in ids]
+    except ValueError as error:
+        return [Finding("data", "fail", str(error))]
+    fields = sorted(set(FIELDS) & set(layout.fields), key=FIELDS.index)
+    return [
+        _examine_field(root, field, Shapes)
+        if any(layout.has(model, field) for model in models)
+        else Finding(field, "info", f"no model in {root} has it")
+        for field in fields
+    ]
 
 
 def _examine_field(root: Path, name: str, reader: type[ShapeNet] | type[Shapes] = ShapeNet) -> Finding:
