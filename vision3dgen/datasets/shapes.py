@@ -170,13 +170,13 @@ class Shapes(ShapeItems):
         return numbers
 
     def check(self) -> list[Problem]:
-        """Read every item once, of a packed store compare every checksum, and list what is missing or broken.
+        """Read every item once, of a packed store compare the checksums of its fields, and list what is broken.
 
         What was not asked for is listed too where a model lacks what others have, as not required.
         """
         problems = self._missing()
         if isinstance(self.layout, Packed):
-            problems += self.layout.check()
+            problems += self.layout.check(map(self._source, self.fields))
         others = set(self.layout.fields) - set(map(self._source, self.fields))
         for field in () if isinstance(self.layout, Packed) else sorted(others):
             paths = {model: self.layout.missing(model, field) for model in self.models}
