@@ -164,7 +164,7 @@ class Store:
             if verified[chunk]:
                 continue
             at = origin + (chunk - first) * CHUNK
-            if zlib.crc32(self._maps[name][at : min(at + CHUNK, stop)]) != entry.checksums[chunk]:
+            if zlib.crc32(self._maps[name][at : min(at + CHUNK, stop)].data) != entry.checksums[chunk]:
                 file = self.folder / _file_of(name)
                 raise FileError(
                     f"{file}: item {self.models[row]}, {name}: the checksum of bytes {at} to {min(at + CHUNK, stop)} "
