@@ -4,7 +4,9 @@ from vision3dgen.files import FileError as FileError
 from vision3dgen.files import atomic_write as atomic_write
 from vision3dgen.files import safe_join as safe_join
 from vision3dgen.io.arrays import list_npz as list_npz
+from vision3dgen.io.arrays import load_npy as load_npy
 from vision3dgen.io.arrays import load_npz as load_npz
+from vision3dgen.io.arrays import save_npy as save_npy
 from vision3dgen.io.arrays import save_npz as save_npz
 from vision3dgen.io.convert import from_numpy as from_numpy
 from vision3dgen.io.convert import from_open3d as from_open3d
@@ -16,6 +18,7 @@ from vision3dgen.io.convert import to_open3d as to_open3d
 from vision3dgen.io.convert import to_pyg as to_pyg
 from vision3dgen.io.convert import to_pytorch3d as to_pytorch3d
 from vision3dgen.io.convert import to_trimesh as to_trimesh
+from vision3dgen.io.images import has_alpha as has_alpha
 from vision3dgen.io.images import read_depth_png as read_depth_png
 from vision3dgen.io.images import read_image as read_image
 from vision3dgen.io.images import write_depth_png as write_depth_png
