@@ -57,7 +57,7 @@ def main() -> int:
     start = time.perf_counter()
 
     config = load(options.config, options.overrides, preset=options.preset)
-    runs = select(create_runs(config, options.out), options.runs)
+    runs = create_runs(config, options.out, options.runs)
     seconds: dict[str, float] = {}
     for name, run in runs.items():
         console.rule(f"{name}: data and training")
@@ -95,22 +95,20 @@ def main() -> int:
     return 0
 
 
-def create_runs(config: Config, out: Path) -> dict[str, Run]:
-    """One run per variant of the configuration; a run that starts from another one's weights names it."""
-    runs: dict[str, Run] = {}
-    for name, own in variants(config).items():
+def create_runs(config: Config, out: Path, names: list[str] | None = None) -> dict[str, Run]:
+    """One run per variant of the configuration, or per one named; one that starts from another's weights names it."""
+    found = variants(config)
+    for name in names or ():
+        check_choice("run", name, found)
+    runs = {}
+    for name, own in found.items():
+        if names is not None and name not in names:
+            continue
         for part, source in (own.get("weights") or {}).items():
-            if source in runs:
-                own["weights"][part] = str(runs[source].folder)
+            if source in found:
+                own["weights"][part] = str(out / source)
         runs[name] = Run.create(out / name, own)
     return runs
-
-
-def select(runs: Mapping[str, Run], names: list[str] | None) -> dict[str, Run]:
-    """The runs named, or all."""
-    for name in names or ():
-        check_choice("run", name, runs)
-    return {name: run for name, run in runs.items() if names is None or name in names}
 
 
 def baselines_of(
