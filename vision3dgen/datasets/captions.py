@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from vision3dgen.checks import check_choice
+from vision3dgen.datasets.drawn import DrawnItems
 from vision3dgen.datasets.manifest import SPLITS, SplitManifest
 from vision3dgen.datasets.scenes import DEPTH_UNITS
 from vision3dgen.datasets.vocabulary import Vocabulary, padded
@@ -35,7 +36,7 @@ class CaptionedObject(NamedTuple):
     box: Float[Tensor, "4"]  # xyxy pixels of the item's image
 
 
-class Captions(torch.utils.data.Dataset[dict[str, Any]]):
+class Captions(DrawnItems):
     """Pictures with their captions.
 
     root: folder of `file`, of the vocabulary and of `splits`. split: "train", "val", "test", or "all" lines there are.
@@ -72,7 +73,7 @@ class Captions(torch.utils.data.Dataset[dict[str, Any]]):
         if mirror and (others := sorted(set(fields) - {"image", "tokens"})):
             raise ValueError(f"mirror turns image and tokens only, the fields {others} were asked for too")
         self.root, self.file = Path(root), Path(root) / file
-        self.fields, self.image_size, self.seed, self.epoch = tuple(fields), image_size, seed, 0
+        self.fields, self.image_size, self.seed = tuple(fields), image_size, seed
         self.mirror = mirror
         if not self.file.is_file():
             raise ValueError(f"{self.file}: no such file; make one with `vision3dgen prepare scenes {root}`")
@@ -102,16 +103,8 @@ class Captions(torch.utils.data.Dataset[dict[str, Any]]):
         """Without the cache: a worker process fills its own."""
         return self.__dict__ | {"_cache": {}}
 
-    def set_epoch(self, epoch: int) -> None:
-        """Draw other captions than in the epochs before; the same ones for the same epoch."""
-        self.epoch = epoch
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} is out of range for {len(self)} captioned images")
-        index %= len(self)
+    def _item(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         line = self.lines[index]
-        rng = np.random.default_rng([self.seed, self.epoch, index])
         said = self._encoded[index][int(rng.integers(len(self._encoded[index])))]
         captions = list(line["captions"])
         turned = self.mirror and rng.random() < 0.5

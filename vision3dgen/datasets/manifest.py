@@ -78,7 +78,7 @@ class SplitManifest:
         data = read_json(path)
         if not isinstance(data, dict) or not isinstance(data.get("name"), str):
             raise ValueError(f"{path}: not a split manifest: it must be an object with a name and the splits {SPLITS}")
-        views = _read_views(path, data.get("views", {}))
+        views = check_views(path, data.get("views", {}))
         seen: dict[tuple[str, str], str] = {}
         splits: dict[str, dict[str, list[str]]] = {}
         for split in SPLITS:
@@ -153,15 +153,16 @@ def _strings(values: Any) -> bool:
     return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
-def _read_views(path: Any, data: Any) -> dict[str, dict[str, list[int]]]:
-    """Views by split and model; ValueError for what is no list of numbers, and for a view in two splits."""
+def check_views(path: Any, data: Any) -> dict[str, dict[str, list[int]]]:
+    """The views of each split and model; ValueError for what is no list of numbers, and for a view in two splits."""
     seen: dict[tuple[str, int], str] = {}
     if not isinstance(data, dict) or not set(data) <= set(SPLITS):
         raise ValueError(f"{path}: 'views' must map {SPLITS} to the views of models")
     for split, members in data.items():
         for model, numbers in members.items() if isinstance(members, dict) else [(split, None)]:
             if not isinstance(numbers, list) or not all(isinstance(n, int) and n >= 0 for n in numbers):
-                raise ValueError(f"{path}: views.{split}: {model!r} must have a list of view numbers")
+                key = f"{split}.{str(model).replace('/', '.')}"
+                raise ValueError(f"{path}: views: {key} must be a list of view numbers")
             for number in numbers:
                 if (other := seen.setdefault((model, number), split)) != split:
                     raise ValueError(f"{path}: view {number} of {model} is in {other!r} and in {split!r}")

@@ -5,7 +5,7 @@ once. So an item read from folders and the same item read from a packed store ar
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from vision3dgen.checks import check_choice
+from vision3dgen.datasets.drawn import DrawnItems
 from vision3dgen.structures import Camera, Frame, Meshes, Pointclouds
 
 FIELDS = ("image", "mask", "depth", "normals", "camera", "voxels", "points", "surface", "cloud", "mesh")
@@ -36,6 +37,12 @@ class Problem(NamedTuple):
     reason: str
     required: bool  # whether a field asked for needs the file
 
+    @property
+    def sentence(self) -> str:
+        """Item, file and reason."""
+        file = "" if self.file and self.file in self.reason else f"{self.file}: "
+        return f"{self.item}: {file}{self.reason}"
+
 
 class InputCloud(NamedTuple):
     """The sparse and noisy cloud that a shape is to be completed from: Occupancy Networks' by default.
@@ -54,7 +61,7 @@ class Samples(NamedTuple):
     framed: bool  # whether the points are in the frame, not in the file's coordinates
 
 
-class ShapeItems(torch.utils.data.Dataset[dict[str, Any]]):
+class ShapeItems(DrawnItems):
     """What datasets of shapes share.
 
     A subclass sets `models` and `items` (each a model and the number of its view, None without a per-view field) and
@@ -71,6 +78,7 @@ class ShapeItems(torch.utils.data.Dataset[dict[str, Any]]):
     def __init__(
         self,
         *,
+        split: str,
         fields: Sequence[str],
         views: Literal["all", "first", "random"] | int,
         views_per_item: int | None,
@@ -83,6 +91,7 @@ class ShapeItems(torch.utils.data.Dataset[dict[str, Any]]):
         cache: bool,
         seed: int,
     ):
+        check_choice("split", split, ("train", "val", "test", "all"))
         for name in fields:
             check_choice("field", name, FIELDS)
         check_choice("voxel_placement", voxel_placement, ("header", "cube"))
@@ -104,11 +113,10 @@ class ShapeItems(torch.utils.data.Dataset[dict[str, Any]]):
         self.cloud = cloud or InputCloud()
         if self.cloud.points < 1 or self.cloud.noise < 0:
             raise ValueError(f"cloud needs points of at least 1 and noise of at least 0, got {self.cloud}")
-        self.fields, self.views, self.seed = tuple(dict.fromkeys(fields)), views, seed
+        self.split, self.fields, self.views, self.seed = split, tuple(dict.fromkeys(fields)), views, seed
         self.points_per_item, self.surface_points = points_per_item, surface_points
         self.views_per_item = views_per_item
         self.image_size, self.background, self.voxel_placement = image_size, background, voxel_placement
-        self.epoch = 0
         self.problems: list[Problem] = []
         self._keep = cache
         self._cache: dict[Any, Any] = {}
@@ -150,17 +158,9 @@ class ShapeItems(torch.utils.data.Dataset[dict[str, Any]]):
         """Without the cache: a worker process fills its own."""
         return self.__dict__ | {"_cache": {}}
 
-    def set_epoch(self, epoch: int) -> None:
-        """Draw other points and random views than in the epochs before; the same ones for the same epoch."""
-        self.epoch = epoch
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Item `index`: the fields asked for, and frame, category (synset) and id "synset/model/view"."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} is out of range for {len(self)} items")
-        index %= len(self)
+    def _item(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        """The fields asked for, and frame, category (synset) and id "synset/model/view"."""
         model, number = self.items[index]
-        rng = np.random.default_rng([self.seed, self.epoch, index])
         if number is None:
             return self._read(model, [], rng)
         if self.views != "random" and self.views_per_item is None:
@@ -179,6 +179,18 @@ class ShapeItems(torch.utils.data.Dataset[dict[str, Any]]):
             return [(model, numbers[0]) for model in self.models if (numbers := self._numbers(model))]
         return [(model, number) for model in self.models for number in self._chosen(model)]
 
+    def _settle(self, where: Any, on_error: str, missing: list[Problem], problems: Callable[[], list[Problem]]) -> None:
+        """Stop at the first missing file, or read everything once and leave out what has a problem."""
+        if on_error == "skip":
+            self.problems = problems()
+            bad = {problem.item for problem in self.problems if problem.required}
+            self.items = [item for item in self.items if not {str(item[0]), item_id(*item)} & bad]
+            if not self.items:
+                raise ValueError(f"{where}: no item is whole; the first problem: {self.problems[0].sentence}")
+        elif missing:
+            more = f" ({len(missing) - 1} more; see on_error='skip')" if len(missing) > 1 else ""
+            raise ValueError(f"{missing[0].sentence}{more}")
+
     def _chosen(self, model: Model) -> list[int]:
         """The views that items show."""
         listed = self._numbers(model)
@@ -189,33 +201,36 @@ class ShapeItems(torch.utils.data.Dataset[dict[str, Any]]):
     def _read(self, model: Model, numbers: list[int], rng: np.random.Generator) -> dict[str, Any]:
         item: dict[str, Any] = {}
         for name in self.fields:
-            if name in PER_VIEW:
-                seen = [self._read_view(name, model, number) for number in numbers]
-                if self.views_per_item is None:
-                    (item[name],) = seen
-                else:
-                    item[name] = Camera.stack(seen) if name == "camera" else torch.stack(seen)
-            elif name == "voxels":
-                item[name] = _to_float(self._cached(self._voxels, model))
-            elif name == "mesh":
-                item[name] = self._cached(self._mesh, model)
-            elif name == "points":
-                samples = self._cached(self._points, model)
-                points, occupancies = samples.points, samples.values
-                rows = _draw(rng, len(points), self.points_per_item, f"points_per_item of {model}")
-                item["points"] = self._framed(samples, rows, model)
-                item["occupancies"] = _to_float(_occupied(occupancies, rows, len(points)))
-            elif name == "surface":
-                samples = self._cached(self._surface, model)
-                rows = _draw(rng, len(samples.points), self.surface_points, f"surface_points of {model}")
-                normals = None if samples.values is None else [_to_float(samples.values[rows])]
-                item["surface"] = Pointclouds([self._framed(samples, rows, model)], normals)
-            elif name == "cloud":  # from a stream of its own: other fields and their order do not change it
-                item["cloud"] = self._input_cloud(model, rng.spawn(1)[0])
+            item |= self._read_field(name, model, numbers, rng)
         item["frame"] = self.frame(model)
         item["category"] = model.synset
         item["id"] = item_id(model, numbers[0] if numbers else None)
         return item
+
+    def _read_field(self, name: str, model: Model, numbers: list[int], rng: np.random.Generator) -> dict[str, Any]:
+        """What a field puts into an item that shows these views."""
+        if name in PER_VIEW:
+            seen = [self._read_view(name, model, number) for number in numbers]
+            if self.views_per_item is None:
+                (alone,) = seen
+                return {name: alone}
+            return {name: Camera.stack(seen) if name == "camera" else torch.stack(seen)}
+        if name == "voxels":
+            return {name: _to_float(self._cached(self._voxels, model))}
+        if name == "mesh":
+            return {name: self._cached(self._mesh, model)}
+        if name == "points":
+            samples = self._cached(self._points, model)
+            rows = _draw(rng, len(samples.points), self.points_per_item, f"points_per_item of {model}")
+            inside = _occupied(samples.values, rows, len(samples.points))
+            return {"points": self._framed(samples, rows, model), "occupancies": _to_float(inside)}
+        if name == "surface":
+            samples = self._cached(self._surface, model)
+            rows = _draw(rng, len(samples.points), self.surface_points, f"surface_points of {model}")
+            normals = None if samples.values is None else [_to_float(samples.values[rows])]
+            return {name: Pointclouds([self._framed(samples, rows, model)], normals)}
+        # the cloud, from a stream of its own: other fields and their order do not change it
+        return {name: self._input_cloud(model, rng.spawn(1)[0])}
 
     def _input_cloud(self, model: Model, rng: np.random.Generator) -> Pointclouds:
         samples = self._cached(self._surface, model)

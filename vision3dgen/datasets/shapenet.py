@@ -35,7 +35,7 @@ FOLDERS = {
     "samples": ("ShapeNet",),
     "geometry": ("ShapeNetGeometry",),
 }
-_MESHES = ("models/model_normalized.obj", "model.obj")  # v2, v1
+MESHES = ("models/model_normalized.obj", "model.obj")  # v2, v1
 
 
 class View(NamedTuple):
@@ -95,9 +95,9 @@ class ShapeNet(ShapeItems):
         cache: bool = False,
         seed: int = 0,
     ):
-        check_choice("split", split, ("train", "val", "test", "all"))
         check_choice("on_error", on_error, ("raise", "skip"))
         super().__init__(
+            split=split,
             fields=fields,
             views=views,
             views_per_item=views_per_item,
@@ -111,7 +111,7 @@ class ShapeNet(ShapeItems):
             seed=seed,
         )
         self.root, self.folders = find_folders(root)
-        self.split, self.render_size = split, render_size
+        self.render_size = render_size
 
         for name in self.fields:
             needed = pieces_of(name)
@@ -131,16 +131,7 @@ class ShapeNet(ShapeItems):
         self._views: dict[Model, list[View]] = {}
         self._missing = [problem for model in self.models for problem in self._missing_files(model)]
         self.items = self._items()
-        if on_error == "skip":
-            self.problems = self.check()
-            bad = {problem.item for problem in self.problems if problem.required}
-            kept = [item for item in self.items if not {str(item[0]), item_id(*item)} & bad]
-            if not kept:
-                raise ValueError(f"{self.root}: no item is whole; the first problem: {_sentence(self.problems[0])}")
-            self.items = kept
-        elif self._missing:
-            more = f" ({len(self._missing) - 1} more; see on_error='skip')" if len(self._missing) > 1 else ""
-            raise ValueError(f"{_sentence(self._missing[0])}{more}")
+        self._settle(self.root, on_error, self._missing, self.check)
 
     # -------------------------------------------------------------------------------------------- finding things
 
@@ -261,7 +252,7 @@ class ShapeNet(ShapeItems):
 
     def _candidates(self, model: Model, name: str) -> list[Path]:
         if name == "mesh":
-            return [self._folder("core", model) / place for place in _MESHES] if "core" in self.folders else []
+            return [self._folder("core", model) / place for place in MESHES] if "core" in self.folders else []
         file = {"voxels": "model.binvox", "points": "points.npz"}.get(name, "pointcloud.npz")
         return [self._folder(piece, model) / file for piece in pieces_of(name) if piece in self.folders]
 
@@ -413,8 +404,3 @@ def _path_in(error: Exception) -> str:
     """The file an error of the readers is about: an OSError's own, else what the message begins with."""
     name = getattr(error, "filename", None)
     return str(name) if name else re.split(r": |, line \d", str(error))[0]
-
-
-def _sentence(problem: Problem) -> str:
-    file = "" if problem.file and problem.file in problem.reason else f"{problem.file}: "
-    return f"{problem.item}: {file}{problem.reason}"

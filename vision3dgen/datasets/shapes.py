@@ -49,9 +49,9 @@ class Shapes(ShapeItems):
         verify: bool = True,
         seed: int = 0,
     ):
-        check_choice("split", split, ("train", "val", "test", "all"))
         check_choice("on_error", on_error, ("raise", "skip"))
         super().__init__(
+            split=split,
             fields=fields,
             views=views,
             views_per_item=views_per_item,
@@ -70,7 +70,6 @@ class Shapes(ShapeItems):
         else:
             self.layout = open_layout(root, layout)
         self.trusted, self.canonical = self.layout.trusted, self.layout.canonical
-        self.split = split
         members = self.layout.members()
         if isinstance(self.layout, Packed):
             division, self.split_name = self.layout.manifest(), str(self.layout.about["split"]["name"])
@@ -94,15 +93,7 @@ class Shapes(ShapeItems):
         self._numbers_of: dict[Model, list[int]] = {}
         missing = self._missing()
         self.items = self._items()
-        if on_error == "skip":
-            self.problems = [*missing, *self._read_all({problem.item for problem in missing})]
-            bad = {problem.item for problem in self.problems}
-            self.items = [item for item in self.items if not {str(item[0]), item_id(*item)} & bad]
-            if not self.items:
-                raise ValueError(f"{root}: no item is whole; the first problem: {self.problems[0].reason}")
-        elif missing:
-            more = f" ({len(missing) - 1} more; see on_error='skip')" if len(missing) > 1 else ""
-            raise ValueError(f"{missing[0].item}: {missing[0].reason}{more}")
+        self._settle(root, on_error, missing, lambda: [*missing, *self._read_all({found.item for found in missing})])
 
     def _open_packed(self, root: Any, split: str, manifest: str | None, verify: bool) -> Packed:
         layout = Packed(root, None if split == "all" else (split,), verify=verify)
@@ -196,20 +187,12 @@ class Shapes(ShapeItems):
             for each in self._chosen(model) if several else [number]:
                 for name in self.fields:
                     try:
-                        self._read_field(name, model, each)
+                        self._read_field(name, model, [] if each is None else [each], np.random.default_rng(0))
                     except (ValueError, OSError) as error:
                         where = self.layout.where(model, self._source(name))
                         item = str(model) if several else item_id(model, each)
                         problems.append(Problem(item, where, f"{name}: {error}", True))
         return problems
-
-    def _read_field(self, name: str, model: Model, number: int | None) -> None:
-        fields, several = self.fields, self.views_per_item
-        try:
-            self.fields, self.views_per_item = (name,), None
-            self._read(model, [] if number is None else [number], np.random.default_rng(0))
-        finally:
-            self.fields, self.views_per_item = fields, several
 
     # ------------------------------------------------------------------------------------------- what is on disk
 

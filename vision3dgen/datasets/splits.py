@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vision3dgen.datasets.manifest import SPLITS, SplitManifest, assign_splits, read_json
+from vision3dgen.datasets.manifest import SPLITS, SplitManifest, assign_splits, check_views, read_json
 from vision3dgen.files import safe_join
 
 Members = Mapping[str, Sequence[str]]  # synset -> ids of all its models
@@ -18,12 +18,16 @@ Members = Mapping[str, Sequence[str]]  # synset -> ids of all its models
 
 def r2n2_split(members: Members, *, name: str = "r2n2") -> SplitManifest:
     """3D-R2N2's: of each category's sorted ids the first 80 % train, the others test."""
-    return _cut({synset: sorted(ids) for synset, ids in members.items()}, {"train": 0.8, "test": 1.0}, name)
+    return fraction_split(members, 0.8, name=name)
 
 
 def fraction_split(members: Members, train: float, *, name: str) -> SplitManifest:
     """The first `train` of each category's sorted ids train, the others test: Kaolin's with 0.7."""
-    return _cut({synset: sorted(ids) for synset, ids in members.items()}, {"train": train, "test": 1.0}, name)
+    splits: dict[str, dict[str, list[str]]] = {split: {synset: [] for synset in members} for split in SPLITS}
+    for synset, ids in members.items():
+        count = int(train * len(ids))
+        splits["train"][synset], splits["test"][synset] = sorted(ids)[:count], sorted(ids)[count:]
+    return SplitManifest(name, 1, None, splits)
 
 
 def random_split(members: Members, seed: int, fractions: tuple[float, float, float] = (0.7, 0.1, 0.2)) -> SplitManifest:
@@ -69,7 +73,6 @@ def meshrcnn_split(path: str | os.PathLike[str], *, name: str = "meshrcnn") -> S
     data = read_json(path)
     splits: dict[str, dict[str, list[str]]] = {}
     views: dict[str, dict[str, list[int]]] = {}
-    owner: dict[tuple[str, int], str] = {}
     for split in SPLITS:
         members = data.get(split) if isinstance(data, dict) else None
         if not isinstance(members, dict):
@@ -81,13 +84,8 @@ def meshrcnn_split(path: str | os.PathLike[str], *, name: str = "meshrcnn") -> S
             splits[split][synset] = sorted(models)
             for model, numbers in models.items():
                 _check_id(path, f"{synset}/{model}")
-                if not isinstance(numbers, list) or not all(isinstance(n, int) and n >= 0 for n in numbers):
-                    raise ValueError(f"{path}: {split}.{synset}.{model} must be a list of view numbers")
                 views[split][f"{synset}/{model}"] = numbers
-                for number in numbers:
-                    if (other := owner.setdefault((f"{synset}/{model}", number), split)) != split:
-                        raise ValueError(f"{path}: view {number} of {synset}/{model} is in {other!r} and in {split!r}")
-    return SplitManifest(name, 1, None, splits, views=views)
+    return SplitManifest(name, 1, None, splits, views=check_views(path, views))
 
 
 def read_split(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> SplitManifest:
@@ -142,15 +140,3 @@ def _check_id(path: str | os.PathLike[str], name: str) -> None:
         safe_join(Path(path).parent, name)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def _cut(members: Members, until: Mapping[str, float], name: str) -> SplitManifest:
-    splits: dict[str, dict[str, list[str]]] = {split: {} for split in SPLITS}
-    for synset, ids in members.items():
-        first = 0
-        for split in SPLITS:
-            splits[split][synset] = []
-            if split in until:
-                last = int(until[split] * len(ids))
-                splits[split][synset], first = list(ids[first:last]), last
-    return SplitManifest(name, 1, None, splits)

@@ -16,6 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from vision3dgen.checks import check_choice
+from vision3dgen.datasets.drawn import DrawnItems
 from vision3dgen.files import atomic_write
 from vision3dgen.language import END, MASK, PAD, SPECIALS, START, UNKNOWN, words_of
 
@@ -112,7 +113,7 @@ def padded(tokens: Sequence[int], length: int) -> Int[Tensor, " T"]:
     return torch.tensor([*tokens, *[PAD] * (length - len(tokens))])
 
 
-class TextLines(torch.utils.data.Dataset[dict[str, Any]]):
+class TextLines(DrawnItems):
     """Lines of a text file as tokens, some of them masked for a masked language model.
 
     path: UTF-8 text, a sentence a line, empty lines left out; "{split}" in it stands for the split. vocabulary: a file
@@ -131,7 +132,7 @@ class TextLines(torch.utils.data.Dataset[dict[str, Any]]):
         if not 0 < mask < 1:
             raise ValueError(f"mask must be a share between 0 and 1, got {mask}")
         self.path = Path(path.replace("{split}", split))
-        self.vocabulary, self.mask, self.seed, self.epoch = Vocabulary.load(vocabulary), mask, seed, 0
+        self.vocabulary, self.mask, self.seed = Vocabulary.load(vocabulary), mask, seed
         try:
             text = self.path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
@@ -156,16 +157,8 @@ class TextLines(torch.utils.data.Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.lines)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Mask other words than in the epochs before; the same ones for the same epoch."""
-        self.epoch = epoch
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} is out of range for {len(self)} lines")
-        index %= len(self)
+    def _item(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         tokens = self._tokens[index]
-        rng = np.random.default_rng([self.seed, self.epoch, index])
         masked, targets = mask_tokens(tokens.numpy(), len(self.vocabulary), self.mask, rng)
         number, line = self.lines[index]
         return {

@@ -106,6 +106,24 @@ class Layout(ABC):
         manifest.write(root / "splits" / f"{file_name(manifest.name)}.json")
 
 
+class OneFile(Layout):
+    """A layout that keeps one file of each model, and no pictures."""
+
+    @abstractmethod
+    def path(self, model: Model) -> Path:
+        """Where the file is."""
+
+    def missing(self, model: Model, field: str) -> str | None:
+        path = self.path(model)
+        return None if path.is_file() else str(path)
+
+    def where(self, model: Model, field: str) -> str:
+        return str(self.path(model))
+
+    def numbers(self, model: Model) -> list[int]:
+        return []
+
+
 def needed(model: Model, arrays: Mapping[str, Arrays], *fields: str) -> None:
     """ValueError for the first of `fields` that is not there to be written."""
     for field in fields:

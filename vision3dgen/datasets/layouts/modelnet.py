@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from vision3dgen.datasets.layouts.layout import Layout, model_folder, needed, subfolders
+from vision3dgen.datasets.layouts.layout import OneFile, model_folder, needed, subfolders
 from vision3dgen.datasets.manifest import SPLITS, SplitManifest
 from vision3dgen.datasets.shape_items import Arrays, Model
 from vision3dgen.files import FileError, safe_join
@@ -12,7 +12,7 @@ from vision3dgen.io import load_mesh, save_mesh
 PARTS = ("train", "test")
 
 
-class ModelNet(Layout):
+class ModelNet(OneFile):
     """Meshes of one category in a folder of two parts. The glued headers (`OFF490 518 0`) of ModelNet40 are read."""
 
     name = "modelnet"
@@ -44,16 +44,6 @@ class ModelNet(Layout):
     def path(self, model: Model) -> Path:
         places = [safe_join(self.root, f"{model.synset}/{part}/{model.id}.off") for part in PARTS]
         return next((path for path in places if path.is_file()), places[0])
-
-    def missing(self, model: Model, field: str) -> str | None:
-        path = self.path(model)
-        return None if path.is_file() else str(path)
-
-    def where(self, model: Model, field: str) -> str:
-        return str(self.path(model))
-
-    def numbers(self, model: Model) -> list[int]:
-        return []
 
     def read(self, model: Model, field: str) -> Arrays:
         verts, faces = load_mesh(self.path(model)).get_mesh_verts_faces(0)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from vision3dgen.datasets.layouts.layout import (
-    Layout,
+    OneFile,
     in_file_coordinates,
     model_folder,
     needed,
@@ -22,7 +22,7 @@ from vision3dgen.io import load_pointcloud, save_pointcloud
 from vision3dgen.structures import Pointclouds
 
 
-class What3D(Layout):
+class What3D(OneFile):
     """what3d's viewer-centred clouds: points/CATEGORY/MODEL/0.ply to 4.ply, one for each view of the model, and
     lists/CATEGORY/train.txt ....
 
@@ -58,16 +58,6 @@ class What3D(Layout):
         name, _, view = model.id.rpartition("_")
         return safe_join(self.root, f"points/{model.synset}/{name}/{view}.ply")
 
-    def missing(self, model: Model, field: str) -> str | None:
-        path = self.path(model)
-        return None if path.is_file() else str(path)
-
-    def where(self, model: Model, field: str) -> str:
-        return str(self.path(model))
-
-    def numbers(self, model: Model) -> list[int]:
-        return []
-
     def read(self, model: Model, field: str) -> Arrays:
         return read_cloud(self.path(model))
 
@@ -88,7 +78,7 @@ class What3D(Layout):
         write_text(root / "classes.txt", "\n".join(sorted(manifest.members("all"))))
 
 
-class PlyFolder(Layout):
+class PlyFolder(OneFile):
     """CATEGORY/NAME.ply: clouds, with normals and colours where they have them; meshes are read as clouds."""
 
     name = "ply"
@@ -105,16 +95,6 @@ class PlyFolder(Layout):
 
     def path(self, model: Model) -> Path:
         return safe_join(self.root, f"{model}.ply")
-
-    def missing(self, model: Model, field: str) -> str | None:
-        path = self.path(model)
-        return None if path.is_file() else str(path)
-
-    def where(self, model: Model, field: str) -> str:
-        return str(self.path(model))
-
-    def numbers(self, model: Model) -> list[int]:
-        return []
 
     def read(self, model: Model, field: str) -> Arrays:
         return read_cloud(self.path(model))

@@ -25,7 +25,7 @@ from vision3dgen.datasets.layouts.onet import (
 )
 from vision3dgen.datasets.manifest import SplitManifest
 from vision3dgen.datasets.shape_items import Arrays, Model
-from vision3dgen.datasets.shapenet import FOLDERS, find_folders, pieces_of, read_views
+from vision3dgen.datasets.shapenet import FOLDERS, MESHES, find_folders, pieces_of, read_views
 from vision3dgen.datasets.splits import onet_split
 from vision3dgen.io import load_mesh, read_depth_png, read_image, save_npz, save_obj, write_depth_png, write_png
 
@@ -71,7 +71,7 @@ class ShapeNetFolders(Layout):
         pieces = ("geometry",) if field == "sdf" else pieces_of(field)
         folders = [self.folders[piece] / model.synset / model.id for piece in pieces if piece in self.folders]
         if field == "mesh":
-            return [folder / name for folder in folders for name in ("models/model_normalized.obj", "model.obj")]
+            return [folder / name for folder in folders for name in MESHES]
         if field in ("image", "camera"):
             names = ("rendering_metadata.txt", "cameras.npz")
             return [folder / "rendering" / name for folder in folders for name in names]
