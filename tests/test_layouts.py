@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vision3dgen.datasets import LAYOUTS, Shapes, find_layout, open_layout, pack, unpack
+from vision3dgen.datasets import LAYOUTS, Shapes, SplitManifest, find_layout, open_layout, pack, unpack
 from vision3dgen.datasets.shape_items import Model
 from vision3dgen.structures import Camera, Frame
 
@@ -437,6 +437,22 @@ def test_check_names_item_and_file(tmp_path):
     kept = Shapes(tmp_path, "train", fields=("points",), on_error="skip")
     assert [model.id for model, _ in kept.items] == ["a1"]
     assert len(kept.problems) == 1
+
+
+@pytest.mark.parametrize("name, file", [("ply", "gone.ply"), ("what3d", "gone/0.ply"), ("modelnet", "train/gone.off")])
+def test_a_listed_model_without_its_file_is_named(tmp_path, name, file):
+    MAKE[name](tmp_path)
+    layout = open_layout(tmp_path)
+    (category, ids), *_ = layout.members().items()
+    gone = "gone_0" if name == "what3d" else "gone"
+    (tmp_path / "splits").mkdir()
+    SplitManifest("mine", 1, None, {"train": {category: [*ids, gone]}, "val": {}, "test": {}}).write(
+        tmp_path / "splits" / "mine.json"
+    )
+    with pytest.raises(ValueError, match=f"{category}/{gone}: .*{file}: the file for .* does not exist"):
+        Shapes(tmp_path, "train", fields=layout.fields)
+    kept = Shapes(tmp_path, "train", fields=layout.fields, on_error="skip")
+    assert [model.id for model, _ in kept.items] == ids
 
 
 def test_folders_of_no_layout(tmp_path):
