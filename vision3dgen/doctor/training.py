@@ -260,7 +260,7 @@ def check_data_loading(subject: Subject) -> list[Finding]:
     rates = {count: size * loading_rate(trainer.data, workers=count, seed=count) for count in counts}
     step = size * step_rate(trainer, next(subject.batches()))
     parts = loading_parts(trainer.data, seed=max(counts) + 1)
-    loader = ", ".join(f"{rate:.0f} with {count or 'no'} workers" for count, rate in rates.items())
+    loader = ", ".join(f"{rate:.0f} with {count or 'no'} worker{'s' * (count != 1)}" for count, rate in rates.items())
     text = f"items/s: the loader {loader}; training {step:.0f}"
     values = {"loader": rates, "training": step, "read": parts.read, "join": parts.join}
     each = f"an item takes {1000 * parts.read:.2f} ms to read and {1000 * parts.join:.2f} ms to join"
