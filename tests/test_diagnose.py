@@ -16,6 +16,7 @@ from vision3dgen.engine import (
     Trainer,
     Update,
     initial_losses,
+    loading_parts,
     loading_rate,
     memory,
     overfit,
@@ -226,5 +227,9 @@ def test_rates_count_batches(tmp_path):
     assert loading_rate(Data(Counting(items()), 3), workers=0, most=4) > 0
     assert len(made) == 3 * 5  # the first batch warms up
     assert loading_rate(Data(items(), 3), workers=1, most=2) > 0
+    made.clear()
+    parts = loading_parts(Data(Counting(items()), 3), most=2)
+    assert len(set(made)) == 6  # of no item twice
+    assert min(parts) > 0
     assert step_rate(trainer(Plane(), tmp_path), batch(), most=2) > 0
     assert peak_bytes(torch.device("cpu")) > 2**20

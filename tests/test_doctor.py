@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from vision3dgen import cli, doctor
 from vision3dgen.doctor import Finding, Subject, environment, training
 from vision3dgen.engine import Data, Optimizer, Trainer
+from vision3dgen.engine.diagnose import LoadingParts
 from vision3dgen.experiment import Experiment, Loader
 from vision3dgen.viz import offscreen
 
@@ -275,16 +276,25 @@ def test_the_learning_rate_is_held_against_a_range_test(tmp_path, lr, verdict):
 
 
 def test_who_waits_for_whom(tmp_path, monkeypatch):
-    rates = {0: 10.0, 2: 30.0}
+    rates = {0: 10.0, 1: 10.0, 2: 30.0}
     monkeypatch.setattr(training, "loading_rate", lambda data, workers, seed: rates[workers])
+    monkeypatch.setattr(training, "loading_parts", lambda data, seed: LoadingParts(0.0625, 0.03125))
     held = subject("", tmp_path)
     for step, verdict, part in ((5.0, "ok", "the loader waits"), (20.0, "warn", "training waits")):
         monkeypatch.setattr(training, "step_rate", lambda trainer, batch, rate=step: rate)
         (found,) = training.check_data_loading(held)
         assert found.verdict == verdict
         assert part in found.message
-        assert found.values == {"loader": {0: 160.0}, "training": 16 * step}
+        loader = {0: 160.0, 1: 160.0, 2: 480.0}
+        assert found.values == {"loader": loader, "training": 16 * step, "read": 0.0625, "join": 0.03125}
+        assert "an item takes 62.50 ms to read and 31.25 ms to join" in found.message
+    assert "the bottleneck is reading items" in found.message
     assert found.fix == "loader.num_workers=2"
+    rates[2] = 10.0
+    monkeypatch.setattr(training, "loading_parts", lambda data, seed: LoadingParts(0.01, 0.02))
+    (found,) = training.check_data_loading(held)
+    assert "the bottleneck is joining them into batches" in found.message
+    assert "more workers do not help" in found.fix
 
 
 def test_memory_by_batch_size_is_linear(tmp_path, monkeypatch):

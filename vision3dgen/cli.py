@@ -91,6 +91,28 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument("--seed", type=int, default=0)
         each.add_argument("--workers", type=int, default=1, help="processes; the bytes written do not depend on it")
 
+    pack = _command(
+        commands, "pack", _pack, "a folder of shapes as a packed store, read by memory map",
+        "vision3dgen pack data/p data/p.store --image-size 64",
+    )  # fmt: skip
+    pack.add_argument("source_folder", type=Path, metavar="IN")
+    pack.add_argument("out", type=Path, metavar="OUT")
+    pack.add_argument("--layout", help="of IN (default: what it looks like)")
+    pack.add_argument("--fields", nargs="+", help="which to keep (default: all that the first model has)")
+    pack.add_argument(
+        "--manifest", help="who is in which split: a file, r2n2, onet, 'random(SEED)' (default: as IN has it)"
+    )
+    pack.add_argument("--image-size", type=int, help="keep pictures at this size, over white (default: as they are)")
+    pack.add_argument("--skip-broken", action="store_true", help="leave broken models out, listed in OUT/rejected.json")
+    pack.add_argument("--workers", type=int, default=1, help="processes; the bytes written do not depend on it")
+    unpack = _command(
+        commands, "unpack", _unpack, "a packed store, or any folder of shapes, in another layout",
+        "vision3dgen unpack data/p.store data/onet --layout onet",
+    )  # fmt: skip
+    unpack.add_argument("source_folder", type=Path, metavar="IN")
+    unpack.add_argument("out", type=Path, metavar="OUT")
+    unpack.add_argument("--layout", required=True, help="of OUT: shapenet, onet, deepsdf, meshrcnn, ...")
+
     view = _command(commands, "view", _view, "look at the shapes of a run", "vision3dgen view runs/x --items 4")
     view.add_argument("run_folder", type=Path, metavar="RUN")
     view.add_argument("--items", type=int, default=8, help="test items to show (default: 8)")
@@ -267,6 +289,30 @@ def _prepare_scenes(options: argparse.Namespace) -> int:
         workers=options.workers,
     )
     print(done)
+    return 0
+
+
+def _pack(options: argparse.Namespace) -> int:
+    from vision3dgen.datasets import pack
+
+    done = pack(
+        options.source_folder,
+        options.out,
+        layout=options.layout,
+        fields=options.fields,
+        manifest=options.manifest,
+        image_size=options.image_size,
+        on_error="skip" if options.skip_broken else "raise",
+        workers=options.workers,
+    )
+    print(done)
+    return 1 if done.rejected else 0
+
+
+def _unpack(options: argparse.Namespace) -> int:
+    from vision3dgen.datasets import unpack
+
+    print(unpack(options.source_folder, options.out, options.layout))
     return 0
 
 

@@ -29,6 +29,7 @@ from vision3dgen import __version__, engine
 from vision3dgen.backbones import BACKBONES, ENCODERS, POINT_ENCODERS, VIEW_ENCODERS, LoadedWeights, load_weights
 from vision3dgen.config import Config, ConfigError, Named, arguments, build, choose, construct, load, save
 from vision3dgen.datasets import AUGMENTATIONS, CATEGORIES, DATASETS, PREPARE, Augment, Augmented, collate
+from vision3dgen.datasets.shape_items import ShapeItems
 from vision3dgen.engine import Data, Trainer, to_device
 from vision3dgen.engine.processes import processes
 from vision3dgen.files import atomic_write
@@ -552,7 +553,10 @@ def score(
     """
     evaluation = experiment.evaluation
     split = split or evaluation.split
-    batches = Batches(experiment.dataset(split), evaluation.batch_size)
+    dataset = experiment.dataset(split)
+    if isinstance(dataset, ShapeItems):
+        about = {**(about or {}), "split": {"name": dataset.split_name, "sha256": dataset.split_sha256}}
+    batches = Batches(dataset, evaluation.batch_size)
     return evaluation.evaluate(name, batches, predict, folder, split=split, seed=experiment.seed, about=about)
 
 

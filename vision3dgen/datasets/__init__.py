@@ -21,6 +21,10 @@ from vision3dgen.datasets.images import ImageFolder as ImageFolder
 from vision3dgen.datasets.images import ImageList as ImageList
 from vision3dgen.datasets.images import read_idx as read_idx
 from vision3dgen.datasets.images import resize_crop as resize_crop
+from vision3dgen.datasets.layouts import LAYOUTS as LAYOUTS
+from vision3dgen.datasets.layouts import Layout as Layout
+from vision3dgen.datasets.layouts import find_layout as find_layout
+from vision3dgen.datasets.layouts import open_layout as open_layout
 from vision3dgen.datasets.manifest import SplitManifest as SplitManifest
 from vision3dgen.datasets.mixing import MIXINGS as MIXINGS
 from vision3dgen.datasets.mixing import CutMix as CutMix
@@ -29,6 +33,9 @@ from vision3dgen.datasets.mixing import Mixed as Mixed
 from vision3dgen.datasets.mixing import Mixup as Mixup
 from vision3dgen.datasets.mixing import OneOf as OneOf
 from vision3dgen.datasets.objects import SceneObjects as SceneObjects
+from vision3dgen.datasets.packing import Packing as Packing
+from vision3dgen.datasets.packing import pack as pack
+from vision3dgen.datasets.packing import unpack as unpack
 from vision3dgen.datasets.prepare import Prepared as Prepared
 from vision3dgen.datasets.prepare import prepare_meshes as prepare_meshes
 from vision3dgen.datasets.prepare import prepare_procedural as prepare_procedural
@@ -43,11 +50,20 @@ from vision3dgen.datasets.scenes import prepare_scenes as prepare_scenes
 from vision3dgen.datasets.scenes import sentences as sentences
 from vision3dgen.datasets.shapenet import InputCloud as InputCloud
 from vision3dgen.datasets.shapenet import ShapeNet as ShapeNet
+from vision3dgen.datasets.shapes import Shapes as Shapes
+from vision3dgen.datasets.splits import choose_split as choose_split
+from vision3dgen.datasets.splits import meshrcnn_split as meshrcnn_split
+from vision3dgen.datasets.splits import onet_split as onet_split
+from vision3dgen.datasets.splits import r2n2_split as r2n2_split
+from vision3dgen.datasets.splits import random_split as random_split
+from vision3dgen.datasets.store import Store as Store
+from vision3dgen.datasets.store import write_store as write_store
 from vision3dgen.datasets.vocabulary import TextLines as TextLines
 from vision3dgen.datasets.vocabulary import Vocabulary as Vocabulary
 
 DATASETS: dict[str, Callable[..., Any]] = {
     "shapenet": ShapeNet,
+    "shapes": Shapes,
     "mnist": MNIST,
     "fashion_mnist": FashionMNIST,
     "cifar10": CIFAR10,

@@ -21,19 +21,52 @@ class Mismatch(NamedTuple):
 
 @dataclass(frozen=True)
 class SplitManifest:
-    """Models by split and synset, and the sha256 of files relative to the data's root."""
+    """Models by split and synset, and the sha256 of files relative to the data's root.
+
+    views: split -> "synset/model" -> the numbers of the views that belong to the split, where a split divides the views
+    of a model too (Mesh R-CNN's); only then may a model be in two splits.
+    """
 
     name: str
     version: int
     seed: int | None
     splits: Mapping[str, Mapping[str, Sequence[str]]]  # split -> synset -> models
     files: Mapping[str, str] = field(default_factory=dict)
+    views: Mapping[str, Mapping[str, Sequence[int]]] = field(default_factory=dict)
+
+    @property
+    def sha256(self) -> str:
+        """Of who is in which split: whatever its name, its order and its files, an equal division has an equal one."""
+        members = {
+            split: {synset: sorted(models) for synset, models in self.splits.get(split, {}).items() if models}
+            for split in SPLITS
+        }
+        views = {split: {m: sorted(v) for m, v in of.items()} for split, of in self.views.items() if of}
+        text = json.dumps({"splits": members, "views": views}, sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def members(self, split: str) -> dict[str, list[str]]:
+        """Models by synset of train, val or test, sorted; of "all" those of the three."""
+        names = SPLITS if split == "all" else (split,)
+        synsets = sorted({synset for of in self.splits.values() for synset in of})
+        return {s: sorted({m for name in names for m in self.splits[name].get(s, [])}) for s in synsets}
+
+    def views_of(self, split: str) -> dict[str, list[int]] | None:
+        """The views of each "synset/model" in a split, None where a model's views are not divided."""
+        if not self.views:
+            return None
+        found: dict[str, list[int]] = {}
+        for name in SPLITS if split == "all" else (split,):
+            for model, numbers in self.views.get(name, {}).items():
+                found[model] = sorted({*found.get(model, []), *numbers})
+        return found
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON, atomically; the same manifest gives the same bytes."""
         head = {"name": self.name, "version": self.version, "seed": self.seed}
         splits = {split: {key: list(self.splits[split][key]) for key in sorted(self.splits[split])} for split in SPLITS}
-        write_json(path, {**head, **splits, "files": dict(sorted(self.files.items()))})
+        views = {"views": {s: {m: list(v) for m, v in sorted(of.items())} for s, of in self.views.items()}}
+        write_json(path, {**head, **splits, **(views if self.views else {}), "files": dict(sorted(self.files.items()))})
 
     @staticmethod
     def read(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> "SplitManifest":
@@ -45,6 +78,7 @@ class SplitManifest:
         data = read_json(path)
         if not isinstance(data, dict) or not isinstance(data.get("name"), str):
             raise ValueError(f"{path}: not a split manifest: it must be an object with a name and the splits {SPLITS}")
+        views = _read_views(path, data.get("views", {}))
         seen: dict[tuple[str, str], str] = {}
         splits: dict[str, dict[str, list[str]]] = {}
         for split in SPLITS:
@@ -56,14 +90,14 @@ class SplitManifest:
                 for model in models:
                     _check_relative(path, root, f"{split}.{synset}", f"{synset}/{model}")
                     other = seen.setdefault((synset, model), split)
-                    if other != split:
+                    if other != split and not views:
                         raise ValueError(f"{path}: {synset}/{model} is in {other!r} and in {split!r}")
         files = data.get("files", {})
         if not isinstance(files, dict) or not _strings(list(files.values())):
             raise ValueError(f"{path}: 'files' must map relative paths to sha256")
         for name in files:
             _check_relative(path, root, "files", name)
-        return SplitManifest(data["name"], int(data.get("version", 1)), data.get("seed"), splits, files)
+        return SplitManifest(data["name"], int(data.get("version", 1)), data.get("seed"), splits, files, views)
 
     def verify(self, root: str | os.PathLike[str]) -> list[Mismatch]:
         """The files under `root` that are missing or differ from the manifest."""
@@ -117,6 +151,21 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 def _strings(values: Any) -> bool:
     return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+def _read_views(path: Any, data: Any) -> dict[str, dict[str, list[int]]]:
+    """Views by split and model; ValueError for what is no list of numbers, and for a view in two splits."""
+    seen: dict[tuple[str, int], str] = {}
+    if not isinstance(data, dict) or not set(data) <= set(SPLITS):
+        raise ValueError(f"{path}: 'views' must map {SPLITS} to the views of models")
+    for split, members in data.items():
+        for model, numbers in members.items() if isinstance(members, dict) else [(split, None)]:
+            if not isinstance(numbers, list) or not all(isinstance(n, int) and n >= 0 for n in numbers):
+                raise ValueError(f"{path}: views.{split}: {model!r} must have a list of view numbers")
+            for number in numbers:
+                if (other := seen.setdefault((model, number), split)) != split:
+                    raise ValueError(f"{path}: view {number} of {model} is in {other!r} and in {split!r}")
+    return data
 
 
 def _check_relative(path: Any, root: Any, key: str, name: str) -> None:

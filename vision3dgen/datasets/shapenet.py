@@ -12,15 +12,20 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
-from torch.nn.functional import interpolate
 
 from vision3dgen.checks import check_choice
 from vision3dgen.datasets.manifest import SplitManifest, read_json
 from vision3dgen.datasets.procedural import CATEGORIES
-from vision3dgen.files import safe_join
+from vision3dgen.datasets.shape_items import DEPTH_UNITS as DEPTH_UNITS
+from vision3dgen.datasets.shape_items import FIELDS as FIELDS
+from vision3dgen.datasets.shape_items import PER_VIEW, Arrays, ShapeItems, item_id
+from vision3dgen.datasets.shape_items import InputCloud as InputCloud
+from vision3dgen.datasets.shape_items import Model as Model
+from vision3dgen.datasets.shape_items import Problem as Problem
+from vision3dgen.datasets.shape_items import code_is_normal as code_is_normal
+from vision3dgen.datasets.splits import choose_split, onet_split, r2n2_split, read_split
 from vision3dgen.io import load_mesh, load_npz, read_binvox, read_depth_png, read_image
-from vision3dgen.structures import Camera, Frame, Meshes, Pointclouds
+from vision3dgen.structures import Camera
 
 # Folder names of the public layouts under a root, the preferred one first.
 FOLDERS = {
@@ -30,36 +35,7 @@ FOLDERS = {
     "samples": ("ShapeNet",),
     "geometry": ("ShapeNetGeometry",),
 }
-FIELDS = ("image", "mask", "depth", "normals", "camera", "voxels", "points", "surface", "cloud", "mesh")
-PER_VIEW = frozenset(("image", "mask", "depth", "normals", "camera"))
-DEPTH_UNITS = 20_000.0  # per unit of the OBJ's coordinates, in 16-bit depth pictures: farthest 3.27, step 5e-5
 _MESHES = ("models/model_normalized.obj", "model.obj")  # v2, v1
-
-
-class Model(NamedTuple):
-    synset: str
-    id: str
-
-    def __str__(self) -> str:
-        return f"{self.synset}/{self.id}"
-
-
-class Problem(NamedTuple):
-    item: str  # synset/model or synset/model/view
-    file: str
-    reason: str
-    required: bool  # whether a field asked for needs the file
-
-
-class InputCloud(NamedTuple):
-    """The sparse and noisy cloud that a shape is to be completed from: Occupancy Networks' by default.
-
-    points: samples of the surface, drawn without replacement; noise: standard deviation of what is added to each
-    coordinate, in units of the frame.
-    """
-
-    points: int = 300
-    noise: float = 0.005
 
 
 class View(NamedTuple):
@@ -67,9 +43,10 @@ class View(NamedTuple):
     azimuth: float  # degrees
     elevation: float
     distance_ratio: float
+    fov: float = 25.0  # as the file says; not the field of view
 
 
-class ShapeNet(torch.utils.data.Dataset[dict[str, Any]]):
+class ShapeNet(ShapeItems):
     """Items of a split of ShapeNet-style data, each a model seen in a view.
 
     root: folder that holds the public folders (ShapeNetCore.v2 or .v1, ShapeNetRendering, ShapeNetVox32, ShapeNet,
@@ -118,46 +95,32 @@ class ShapeNet(torch.utils.data.Dataset[dict[str, Any]]):
         cache: bool = False,
         seed: int = 0,
     ):
-        for name in fields:
-            check_choice("field", name, FIELDS)
         check_choice("split", split, ("train", "val", "test", "all"))
         check_choice("on_error", on_error, ("raise", "skip"))
-        check_choice("voxel_placement", voxel_placement, ("header", "cube"))
-        if isinstance(views, str):
-            check_choice("views", views, ("all", "first", "random"))
-        elif views < 1:
-            raise ValueError(f"views must be at least 1, got {views}")
-        if views_per_item is not None and views not in ("first", "random"):
-            raise ValueError(f"views_per_item needs views to be 'first' or 'random', got {views!r}")
-        counts = {
-            "points_per_item": points_per_item,
-            "surface_points": surface_points,
-            "views_per_item": views_per_item,
-        }
-        for name, count in counts.items():
-            if count is not None and count < 1:
-                raise ValueError(f"{name} must be at least 1 or None, got {count}")
-        self.cloud = cloud or InputCloud()
-        if self.cloud.points < 1 or self.cloud.noise < 0:
-            raise ValueError(f"cloud needs points of at least 1 and noise of at least 0, got {self.cloud}")
-        self.root, self.folders = _find_folders(root)
-        self.split, self.fields, self.views, self.seed = split, tuple(dict.fromkeys(fields)), views, seed
-        self.points_per_item, self.surface_points = points_per_item, surface_points
-        self.views_per_item = views_per_item
-        self.image_size = image_size or render_size
-        self.render_size, self.background, self.voxel_placement = render_size, background, voxel_placement
-        self.epoch = 0
-        self.problems: list[Problem] = []
-        self._keep = cache
-        self._cache: dict[Any, Any] = {}
-        self._frames: dict[Model, Frame] = {}
+        super().__init__(
+            fields=fields,
+            views=views,
+            views_per_item=views_per_item,
+            points_per_item=points_per_item,
+            surface_points=surface_points,
+            cloud=cloud,
+            image_size=image_size or render_size,
+            background=background,
+            voxel_placement=voxel_placement,
+            cache=cache,
+            seed=seed,
+        )
+        self.root, self.folders = find_folders(root)
+        self.split, self.render_size = split, render_size
 
         for name in self.fields:
             needed = pieces_of(name)
             if not any(piece in self.folders for piece in needed):
                 names = " or ".join(FOLDERS[piece][0] for piece in needed)
                 raise ValueError(f"{self.root}: field {name!r} needs {names}, found {self._found()}")
-        self.split_name, chosen = self._choose(manifest)
+        self.split_name, division = self._choose(manifest)
+        self.split_sha256, chosen = division.sha256, division.members(split)
+        self._allowed = division.views_of(split)
         self.synsets = self._synsets(categories, chosen)
         self.models = [Model(synset, model) for synset in self.synsets for model in chosen[synset]]
         if not self.models:
@@ -171,7 +134,7 @@ class ShapeNet(torch.utils.data.Dataset[dict[str, Any]]):
         if on_error == "skip":
             self.problems = self.check()
             bad = {problem.item for problem in self.problems if problem.required}
-            kept = [item for item in self.items if not {str(item[0]), _item_id(*item)} & bad]
+            kept = [item for item in self.items if not {str(item[0]), item_id(*item)} & bad]
             if not kept:
                 raise ValueError(f"{self.root}: no item is whole; the first problem: {_sentence(self.problems[0])}")
             self.items = kept
@@ -179,134 +142,56 @@ class ShapeNet(torch.utils.data.Dataset[dict[str, Any]]):
             more = f" ({len(self._missing) - 1} more; see on_error='skip')" if len(self._missing) > 1 else ""
             raise ValueError(f"{_sentence(self._missing[0])}{more}")
 
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the cache: a worker process fills its own."""
-        return self.__dict__ | {"_cache": {}}
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw other points and random views than in the epochs before; the same ones for the same epoch."""
-        self.epoch = epoch
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Item `index`: the fields asked for, and frame, category (synset) and id "synset/model/view"."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} is out of range for {len(self)} items")
-        index %= len(self)
-        model, number = self.items[index]
-        rng = np.random.default_rng([self.seed, self.epoch, index])
-        if number is None:
-            return self._read(model, [], rng)
-        listed = [view.number for view in self._views[model]]
-        if self.views != "random":
-            return self._read(model, [number] if self.views_per_item is None else listed[: self.views_per_item], rng)
-        if self.views_per_item is None:
-            return self._read(model, [listed[int(rng.integers(len(listed)))]], rng)
-        return self._read(model, rng.choice(listed, self.views_per_item, replace=False).tolist(), rng)
-
-    def _read(self, model: Model, numbers: list[int], rng: np.random.Generator) -> dict[str, Any]:
-        item: dict[str, Any] = {}
-        for name in self.fields:
-            if name in PER_VIEW:
-                seen = [self._read_view(name, model, number) for number in numbers]
-                if self.views_per_item is None:
-                    (item[name],) = seen
-                else:
-                    item[name] = Camera.stack(seen) if name == "camera" else torch.stack(seen)
-            elif name == "voxels":
-                item[name] = _to_float(self._cached(self._voxels, model))
-            elif name == "mesh":
-                item[name] = self._cached(self._mesh, model)
-            elif name == "points":
-                points, occupancies = self._cached(self._points, model)
-                rows = _draw(rng, len(points), self.points_per_item, f"points_per_item of {model}")
-                item["points"] = _to_float(points[rows])
-                item["occupancies"] = _to_float(occupancies[rows])
-            elif name == "surface":
-                points, normals = self._cached(self._surface, model)
-                rows = _draw(rng, len(points), self.surface_points, f"surface_points of {model}")
-                item["surface"] = Pointclouds(
-                    [_to_float(points[rows])],
-                    [_to_float(normals[rows])],
-                )
-            elif name == "cloud":  # from a stream of its own: other fields and their order do not change it
-                item["cloud"] = self._input_cloud(model, rng.spawn(1)[0])
-        item["frame"] = self.frame(model)
-        item["category"] = model.synset
-        item["id"] = _item_id(model, numbers[0] if numbers else None)
-        return item
-
-    def _input_cloud(self, model: Model, rng: np.random.Generator) -> Pointclouds:
-        points, _ = self._cached(self._surface, model)
-        chosen = points[_draw(rng, len(points), self.cloud.points, f"cloud.points of {model}")].astype(np.float32)
-        noise = rng.standard_normal(chosen.shape, dtype=np.float32) * np.float32(self.cloud.noise)
-        return Pointclouds([torch.from_numpy(chosen + noise)])
-
-    def _read_view(self, name: str, model: Model, number: int) -> Any:
-        if name == "image":
-            return _to_float(self._cached(self._image, model, number)) / 255
-        if name == "mask":
-            return _to_float(self._cached(self._mask, model, number))[None]
-        if name == "depth":
-            return _to_float(self._cached(self._depth, model, number))[None]
-        if name == "normals":
-            return _to_float(self._cached(self._normals, model, number))
-        return self._cached(self._camera, model, number)
-
-    def _cached(self, read: Any, *key: Any) -> Any:
-        if not self._keep:
-            return read(*key)
-        key = (read.__name__, *key)
-        if key not in self._cache:
-            self._cache[key] = read(*key[1:])
-        return self._cache[key]
-
     # -------------------------------------------------------------------------------------------- finding things
 
     def _found(self) -> str:
         return ", ".join(str(path) for path in self.folders.values()) or "none of the public folders"
 
-    def _choose(self, manifest: str | None) -> tuple[str, dict[str, list[str]]]:
-        """The rule that decides membership, and the models of the split by synset."""
+    def _choose(self, manifest: str | None) -> tuple[str, SplitManifest]:
+        """What decides membership, in words, and the division."""
         listed = sorted((self.root / "splits").glob("*.json")) if self.root else []
         if manifest is not None:
             path = Path(manifest)
             if self.root and not path.is_file():
                 path = self.root / "splits" / f"{manifest}.json"
+            if not path.is_file() and (manifest in ("r2n2", "onet") or manifest.startswith("random(")):
+                return self._choose_by_rule(manifest)
             if not path.is_file():
                 names = [p.stem for p in listed] or "none"
-                raise ValueError(f"no split manifest {manifest!r}: neither a file nor in {path.parent} ({names})")
+                raise ValueError(
+                    f"no split manifest {manifest!r}: neither a file nor in {path.parent} ({names}), nor one of "
+                    "r2n2, onet, random(SEED)"
+                )
             listed = [path]
         if len(listed) > 1:
             raise ValueError(f"{self.root}: several split manifests, choose one: manifest={[p.stem for p in listed]}")
         if listed:
-            found = SplitManifest.read(listed[0], self.root or listed[0].parent)
-            splits = found.splits.values() if self.split == "all" else [found.splits[self.split]]
-            synsets = sorted({synset for members in found.splits.values() for synset in members})
-            chosen = {s: sorted(m for members in splits for m in members.get(s, [])) for s in synsets}
-            return f"{found.name} (version {found.version})", chosen
-        return self._choose_by_rule()
+            found = read_split(listed[0], self.root or listed[0].parent)
+            return f"{found.name} (version {found.version})", found
+        return self._choose_by_rule(None)
 
-    def _choose_by_rule(self) -> tuple[str, dict[str, list[str]]]:
+    def _choose_by_rule(self, wanted: str | None) -> tuple[str, SplitManifest]:
         base = next(self.folders[piece] for name in self.fields for piece in pieces_of(name) if piece in self.folders)
         ids = {folder.name: _subfolders(folder) for folder in sorted(base.iterdir()) if _is_synset(folder)}
         if not any(ids.values()):
             raise ValueError(f"{base}: no SYNSET/MODEL folders in it")
         samples = self.folders.get("samples")
-        lists = {s: samples / s / f"{self.split}.lst" for s in ids} if samples else {}
+        listed = samples and all((samples / s / f"{self.split}.lst").is_file() for s in ids)
+        if wanted == "onet" or (wanted is None and listed and self.split != "all"):
+            lists = onet_split(samples) if samples else None
+            if lists is None:
+                raise ValueError(f"{samples or base}: no train.lst, val.lst, test.lst of Occupancy Networks")
+            return "Occupancy Networks' lists", lists
+        if wanted is not None and wanted != "r2n2":
+            drawn = choose_split(wanted, ids, None, self.root or base)
+            return drawn.name, drawn
         if self.split == "all":
-            return "all", ids
-        if lists and all(path.is_file() for path in lists.values()):
-            return "Occupancy Networks' lists", {s: _read_list(path) for s, path in lists.items()}
+            return "all", r2n2_split(ids)
         if self.split == "val":
             raise ValueError(
                 f"{self.root or base}: no split manifest, and 3D-R2N2's rule has no 'val', only 'train' and 'test'"
             )
-        cut = {synset: int(0.8 * len(models)) for synset, models in ids.items()}
-        part = {s: models[: cut[s]] if self.split == "train" else models[cut[s] :] for s, models in ids.items()}
-        return "3D-R2N2's rule (sorted, 80 % train, 20 % test)", part
+        return "3D-R2N2's rule (sorted, 80 % train, 20 % test)", r2n2_split(ids)
 
     def _synsets(self, categories: Sequence[str] | None, chosen: Mapping[str, list[str]]) -> list[str]:
         if categories is None:
@@ -334,7 +219,7 @@ class ShapeNet(torch.utils.data.Dataset[dict[str, Any]]):
         if not PER_VIEW & set(self.fields):
             return problems
         try:
-            self._views[model] = self._list_views(model)
+            self._views[model] = self._allowed_views(model)
         except (ValueError, OSError) as error:
             return [*problems, Problem(str(model), _path_in(error), str(error), True)]
         count = len(self._views[model])
@@ -343,51 +228,24 @@ class ShapeNet(torch.utils.data.Dataset[dict[str, Any]]):
             reason = f"{folder}: {count} views, but views_per_item asks for {self.views_per_item}"
             problems.append(Problem(str(model), str(folder), reason, True))
         present = {path: set(os.listdir(path)) if path.is_dir() else set() for path in self._view_folders(model)}
-        for view in self._chosen_views(model):
+        for number in self._chosen(model):
             for name in PER_VIEW & set(self.fields) - {"camera"}:
-                path = self._view_file(model, name, view.number)
+                path = self._view_file(model, name, number)
                 if path.name not in present[path.parent]:
-                    identifier = self._owner(model, view.number)
+                    identifier = self._owner(model, number)
                     problems.append(Problem(identifier, str(path), f"the file for {name!r} does not exist", True))
         return problems
 
-    def _items(self) -> list[tuple[Model, int | None]]:
-        if not PER_VIEW & set(self.fields):
-            return [(model, None) for model in self.models]
-        if self.views == "random" or self.views_per_item is not None:
-            return [(model, self._views[model][0].number) for model in self.models if self._views.get(model)]
-        return [(model, view.number) for model in self.models for view in self._chosen_views(model)]
-
-    def _chosen_views(self, model: Model) -> list[View]:
-        listed = self._views.get(model, [])
-        if self.views in ("all", "random"):
-            return listed
-        return listed[: (self.views_per_item or 1) if self.views == "first" else int(self.views)]
-
-    def _list_views(self, model: Model) -> list[View]:
-        """The views rendering_metadata.txt describes, in the order of renderings.txt (or 00, 01, ...)."""
-        folder = self._folder("renderings", model)
-        path = folder / "rendering_metadata.txt"
-        if not path.is_file():
-            raise ValueError(f"{path}: missing, it holds the cameras of the views")
-        lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
-        names = [f"{number:02d}.png" for number in range(len(lines))]
-        if (folder / "renderings.txt").is_file():
-            names = (folder / "renderings.txt").read_text().split()
-        if len(names) != len(lines) or not names:
-            raise ValueError(f"{path}: {len(lines)} cameras for {len(names)} pictures")
-        views = []
-        for number, (name, values) in enumerate(zip(names, lines)):
-            try:
-                azimuth, elevation, yaw, ratio = (float(value) for value in values[:4])
-                views.append(View(int(name.removesuffix(".png")), azimuth, elevation, ratio))
-            except ValueError as error:
-                raise ValueError(
-                    f"{path}: line {number + 1} for {name!r} is not 'azimuth elevation yaw ratio fov'"
-                ) from error
-            if yaw != 0:
-                raise ValueError(f"{path}: line {number + 1} turns the camera by {yaw} about its axis; only 0 is known")
-        return views
+    def _allowed_views(self, model: Model) -> list[View]:
+        """The views rendering_metadata.txt describes, but those of another split."""
+        views = read_views(self._folder("renderings", model))
+        if self._allowed is None:
+            return views
+        allowed = self._allowed.get(str(model), [])
+        absent = sorted(set(allowed) - {view.number for view in views})
+        if absent:
+            raise ValueError(f"{self._folder('renderings', model)}: {self.split_name} asks for views {absent}")
+        return [view for view in views if view.number in allowed]
 
     def _folder(self, piece: str, model: Model) -> Path:
         folder = self.folders[piece] / model.synset / model.id
@@ -426,10 +284,10 @@ class ShapeNet(torch.utils.data.Dataset[dict[str, Any]]):
                 if places and name not in self.fields and self._file(model, name) is None:
                     problems.append(Problem(str(model), str(places[0]), "does not exist", False))
         for model, number in self.items:
-            if {str(model), _item_id(model, number)} & bad:
+            if {str(model), item_id(model, number)} & bad:
                 continue
             several = number is not None and (self.views == "random" or self.views_per_item is not None)
-            for each in [view.number for view in self._chosen_views(model)] if several else [number]:
+            for each in self._chosen(model) if several else [number]:
                 try:
                     self._read(model, [] if each is None else [each], np.random.default_rng(0))
                 except (ValueError, OSError) as error:
@@ -438,135 +296,66 @@ class ShapeNet(torch.utils.data.Dataset[dict[str, Any]]):
 
     def _owner(self, model: Model, number: int | None) -> str:
         """The item a fault in a view belongs to: the model where an item takes several views."""
-        return str(model) if self.views_per_item is not None else _item_id(model, number)
+        return str(model) if self.views_per_item is not None else item_id(model, number)
 
     # -------------------------------------------------------------------------------------------- reading things
 
-    def frame(self, model: Model) -> Frame:
-        """How the OBJ's coordinates are normalized: as the samples say, else by the mesh's or the voxels' box."""
-        if model not in self._frames:
-            self._frames[model] = self._read_frame(model)
-        return self._frames[model]
+    def _has(self, name: str, model: Model) -> bool:
+        return self._file(model, name) is not None
 
-    def _read_frame(self, model: Model) -> Frame:
-        for name in ("points", "surface"):
-            if path := self._file(model, name):
-                arrays = load_npz(path, "loc", "scale")
-                center, scale = arrays["loc"].reshape(-1).tolist(), float(arrays["scale"].reshape(-1)[0])
-                if len(center) != 3:
-                    raise ValueError(f"{path}: loc must be 3 numbers, got {center}")
-                return Frame("object", (center[0], center[1], center[2]), scale)
-        if path := self._file(model, "mesh"):
-            return Frame.longest_edge(load_mesh(path, materials=False).verts_packed())
-        if path := self._file(model, "voxels"):
-            _, (x, y, z), scale = read_binvox(path)
-            return Frame("object", (x + scale / 2, y + scale / 2, z + scale / 2), scale)
-        return Frame("object")
+    def _where(self, name: str, model: Model) -> str:
+        return str(self._expected(model, name))
 
-    def _mesh(self, model: Model) -> Meshes:
-        read = load_mesh(self._expected(model, "mesh"), materials=False)
-        return self.frame(model).normalize(Meshes(read.verts_list(), read.faces_list()))  # without the file's colors
+    def _arrays(self, name: str, model: Model) -> Arrays:
+        path = self._expected(model, name)
+        if name == "mesh":
+            verts, faces = load_mesh(path, materials=False).get_mesh_verts_faces(0)  # without the file's colors
+            return {"verts": verts.numpy(), "faces": faces.numpy()}
+        if name == "voxels":
+            voxels, translate, scale = read_binvox(path)
+            return {"voxels": voxels.numpy(), "translate": np.array(translate), "scale": np.array(scale)}
+        return load_npz(path, "points", "occupancies" if name == "points" else "normals", "loc", "scale")
 
-    def _voxels(self, model: Model) -> np.ndarray:
-        """(D, D, D) = (z, y, x) bool, filling [-0.5, 0.5]^3 of the frame."""
-        path = self._expected(model, "voxels")
-        voxels, translate, scale = read_binvox(path)
-        side = len(voxels)
-        if voxels.shape != (side, side, side):
-            raise ValueError(f"{path}: voxels must fill a cube, got {tuple(voxels.shape)}")
-        if self.voxel_placement == "cube":
-            return voxels.numpy()
-        frame = self.frame(model)
-        centers = (np.arange(side) + 0.5) / side - 0.5
-        placed, inside = voxels.numpy(), []
-        for axis, (middle, low) in enumerate(zip(frame.center, translate)):
-            index = (middle + frame.scale * centers - low) / scale * side
-            # a grid written with nine digits may be off by a rounding error, not by a cell
-            index = np.floor(index + 1e-6 * side).astype(int)
-            inside.append((index >= 0) & (index < side))
-            placed = placed.take(index.clip(0, side - 1), axis=2 - axis)
-        placed = placed & inside[2][:, None, None] & inside[1][:, None] & inside[0]
-        expected = int(voxels.sum()) * (scale / frame.scale) ** 3
-        if placed.sum() < 0.5 * expected:
-            raise ValueError(
-                f"{path}: translate {translate} and scale {scale} put its voxels outside the object, which is centred "
-                f"at {frame.center} with longest edge {frame.scale}; voxel_placement='cube' ignores them"
-            )
-        return placed
+    def _numbers(self, model: Model) -> list[int]:
+        return [view.number for view in self._views.get(model, [])]
 
-    def _points(self, model: Model) -> tuple[np.ndarray, np.ndarray]:
-        """Points (N, 3) of the frame and whether each is inside (N,)."""
-        path = self._expected(model, "points")
-        arrays = load_npz(path, "points", "occupancies")
-        points, packed = arrays["points"], arrays["occupancies"]
-        _check_rows(path, "points", points)
-        if packed.shape == (-(-len(points) // 8),) and packed.dtype == np.uint8 and len(points) > 1:
-            return points, np.unpackbits(packed, count=len(points)).astype(bool)
-        if packed.shape == (len(points),):
-            return points, packed > 0.5
-        raise ValueError(
-            f"{path}: occupancies of {len(points)} points must be as many values or {-(-len(points) // 8)} bytes of "
-            f"packed bits, got {packed.shape} of {packed.dtype}"
-        )
+    def _picture(self, name: str, model: Model, number: int) -> np.ndarray:
+        path, shape = self._view_file(model, name, number), (self.render_size, self.render_size)
+        if name == "depth":
+            return read_depth_png(path, shape, units_per_metre=1.0).astype(np.uint16)
+        if name == "mask" and "geometry" not in self.folders:
+            return read_image(path, shape)[..., 3]
+        return read_image(path, shape, {"image": "RGBA", "mask": "L", "normals": "RGB"}[name])
 
-    def _surface(self, model: Model) -> tuple[np.ndarray, np.ndarray]:
-        """Points (N, 3) of the frame and their normals (N, 3)."""
-        path = self._expected(model, "surface")
-        arrays = load_npz(path, "points", "normals")
-        _check_rows(path, "points", arrays["points"])
-        if arrays["normals"].shape != arrays["points"].shape:
-            raise ValueError(f"{path}: {arrays['points'].shape} points have {arrays['normals'].shape} normals")
-        return arrays["points"], arrays["normals"]
-
-    def _image(self, model: Model, number: int) -> np.ndarray:
-        """(3, H, W) uint8 over the background."""
-        rgba = read_image(self._view_file(model, "image", number), self._render_shape)
-        alpha = rgba[..., 3:].astype(np.float32) / 255
-        rgb = rgba[..., :3] * alpha + np.array(self.background, np.float32) * 255 * (1 - alpha)
-        picture = torch.from_numpy(rgb).permute(2, 0, 1)
-        if self.image_size != self.render_size:
-            size = (self.image_size, self.image_size)
-            picture = interpolate(picture[None], size, mode="bilinear", antialias=True, align_corners=False)[0]
-        return picture.round().clamp(0, 255).byte().contiguous().numpy()
-
-    def _mask(self, model: Model, number: int) -> np.ndarray:
-        """(H, W) bool, from the geometry folder or the picture's alpha."""
-        path = self._view_file(model, "mask", number)
-        if "geometry" in self.folders:
-            return self._nearest(read_image(path, self._render_shape, "L") > 127)
-        return self._nearest(read_image(path, self._render_shape)[..., 3] > 127)
-
-    def _depth(self, model: Model, number: int) -> np.ndarray:
-        path = self._view_file(model, "depth", number)
-        return self._nearest(read_depth_png(path, self._render_shape, units_per_metre=DEPTH_UNITS))
-
-    def _normals(self, model: Model, number: int) -> np.ndarray:
-        """(3, H, W) of length 1, or 0 where the picture shows nothing."""
-        code = read_image(self._view_file(model, "normals", number), self._render_shape, "RGB")
-        normals = self._nearest(code).astype(np.float32) / 127.5 - 1
-        length = np.linalg.norm(normals, axis=2, keepdims=True)
-        return np.ascontiguousarray(np.where(code_is_normal(length), normals / length, 0).transpose(2, 0, 1))
-
-    def _camera(self, model: Model, number: int) -> Camera:
+    def _full_camera(self, model: Model, number: int) -> Camera:
         view = next(view for view in self._views[model] if view.number == number)
-        camera = Camera.from_r2n2(view.azimuth, view.elevation, view.distance_ratio, self.render_size)
-        return camera.resize((self.image_size, self.image_size)).to(torch.float32)
-
-    @property
-    def _render_shape(self) -> tuple[int, int]:
-        return self.render_size, self.render_size
-
-    def _nearest(self, picture: np.ndarray) -> np.ndarray:
-        """The pixels whose centers are nearest to those of the resized picture."""
-        if self.image_size == self.render_size:
-            return picture
-        index = ((np.arange(self.image_size) + 0.5) * self.render_size / self.image_size).astype(int)
-        return picture[index[:, None], index]
+        return Camera.from_r2n2(view.azimuth, view.elevation, view.distance_ratio, self.render_size)
 
 
-def code_is_normal(length: np.ndarray) -> np.ndarray:
-    """Whether RGB coded as 2 c - 1 is a direction, by its length; black, the code of none, is sqrt(3) long."""
-    return np.abs(length - 1) < 0.1
+def read_views(folder: Path) -> list[View]:
+    """The views rendering_metadata.txt in a folder describes, in the order of renderings.txt (or 00, 01, ...)."""
+    path = folder / "rendering_metadata.txt"
+    if not path.is_file():
+        raise ValueError(f"{path}: missing, it holds the cameras of the views")
+    lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
+    names = [f"{number:02d}.png" for number in range(len(lines))]
+    if (folder / "renderings.txt").is_file():
+        names = (folder / "renderings.txt").read_text().split()
+    if len(names) != len(lines) or not names:
+        raise ValueError(f"{path}: {len(lines)} cameras for {len(names)} pictures")
+    views = []
+    for number, (name, values) in enumerate(zip(names, lines)):
+        try:
+            azimuth, elevation, yaw, ratio = (float(value) for value in values[:4])
+            fov = float(values[4]) if len(values) > 4 else 25.0
+            views.append(View(int(name.removesuffix(".png")), azimuth, elevation, ratio, fov))
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: line {number + 1} for {name!r} is not 'azimuth elevation yaw ratio fov'"
+            ) from error
+        if yaw != 0:
+            raise ValueError(f"{path}: line {number + 1} turns the camera by {yaw} about its axis; only 0 is known")
+    return views
 
 
 def pieces_of(name: str) -> tuple[str, ...]:
@@ -585,7 +374,7 @@ def pieces_of(name: str) -> tuple[str, ...]:
     }[name]
 
 
-def _find_folders(root: Any) -> tuple[Path | None, dict[str, Path]]:
+def find_folders(root: Any) -> tuple[Path | None, dict[str, Path]]:
     """The root, None when its pieces are given one by one, and the folder of each piece that is there."""
     if isinstance(root, Mapping):
         for piece, place in root.items():
@@ -618,41 +407,6 @@ def _is_synset(folder: Path) -> bool:
 
 def _subfolders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-
-
-def _read_list(path: Path) -> list[str]:
-    models = path.read_text().split()
-    for model in models:
-        try:
-            safe_join(path.parent, model)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-    return sorted(models)
-
-
-def _item_id(model: Model, number: int | None) -> str:
-    return f"{model}/{number or 0:02d}"
-
-
-def _draw(rng: np.random.Generator, total: int, count: int | None, what: str) -> Any:
-    """Row indices of `count` of `total` rows, or the slice of all."""
-    if count is None or count == total:
-        return slice(None)
-    if count > total:
-        raise ValueError(f"{what}: {count} asked for, the file has {total}")
-    return rng.choice(total, count, replace=False, shuffle=False)
-
-
-def _to_float(array: np.ndarray) -> torch.Tensor:
-    """Always a copy: what is in the cache must outlive what is done to an item."""
-    return torch.from_numpy(array).to(torch.float32, copy=True)
-
-
-def _check_rows(path: Path, key: str, array: np.ndarray) -> None:
-    if array.ndim != 2 or array.shape[1] != 3 or not len(array):
-        raise ValueError(f"{path}: {key} must be (N, 3) with N > 0, got {array.shape}")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{path}: {key} has values that are not finite")
 
 
 def _path_in(error: Exception) -> str:

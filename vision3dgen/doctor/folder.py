@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from vision3dgen.datasets import ShapeNet, SplitManifest
+from vision3dgen.datasets import LAYOUTS, ShapeNet, Shapes, SplitManifest, find_layout
 from vision3dgen.datasets.shapenet import FIELDS, FOLDERS, pieces_of
 from vision3dgen.doctor.finding import Finding
 
@@ -11,16 +11,22 @@ SHOWN = 5  # problems in the message; all are in the values
 
 
 def examine_folder(folder: str | os.PathLike[str]) -> list[Finding]:
-    """Read a ShapeNet-style folder once, field by field, and compare it with the hashes of its split manifests.
+    """Read a folder of shapes once, field by field, and compare it with the hashes of its split manifests.
 
-    A field whose folder is not there at all is reported without judgement; a missing or broken file is a fault.
+    It may have any layout of `LAYOUTS`; of a packed store every checksum is compared. A field whose folder is not there
+    at all is reported without judgement; a missing or broken file is a fault.
     """
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder")
+    layout = find_layout(root)
+    if layout is not None and layout != "shapenet":
+        fields = sorted(set(FIELDS) & set(LAYOUTS[layout](root).fields), key=FIELDS.index)
+        return [_examine_field(root, name, Shapes) for name in fields]
     there = {piece for piece, names in FOLDERS.items() if any((root / name).is_dir() for name in names)}
     if not there:
         known = ", ".join(name for names in FOLDERS.values() for name in names)
+        known += f", nor any of the layouts {', '.join(LAYOUTS)}"
         fix = f"vision3dgen prepare procedural {root} --shapes-per-category 5, or see docs/data.md for the layouts"
         return [Finding("data", "fail", f"{root} has none of the public folders {known}", fix)]
     findings = [
@@ -32,9 +38,9 @@ def examine_folder(folder: str | os.PathLike[str]) -> list[Finding]:
     return [*findings, *(_examine_manifest(root, path) for path in sorted((root / "splits").glob("*.json")))]
 
 
-def _examine_field(root: Path, name: str) -> Finding:
+def _examine_field(root: Path, name: str, reader: type[ShapeNet] | type[Shapes] = ShapeNet) -> Finding:
     try:
-        data = ShapeNet(root, "all", fields=(name,))
+        data = reader(root, "all", fields=(name,))
     except ValueError as error:
         return Finding(name, "fail", str(error))
     problems = [problem for problem in data.check() if problem.required]

@@ -24,6 +24,7 @@ from vision3dgen.engine import (
     ShuffleSampler,
     Trainer,
     initial_losses,
+    loading_parts,
     loading_rate,
     memory,
     overfit,
@@ -252,22 +253,28 @@ def check_learning_rate(subject: Subject) -> list[Finding]:
 
 
 def check_data_loading(subject: Subject) -> list[Finding]:
-    """Who waits for whom: items per second of the loader against those of the training step."""
+    """Who waits for whom: items per second of the loader against those of the training step, and what is slowest."""
     trainer, workers = subject.trainer, subject.trainer.data.num_workers
     size = trainer.data.batch_size
-    rates = {count: size * loading_rate(trainer.data, workers=count, seed=count) for count in sorted({0, workers})}
+    counts = sorted({0, 1, 2, workers})
+    rates = {count: size * loading_rate(trainer.data, workers=count, seed=count) for count in counts}
     step = size * step_rate(trainer, next(subject.batches()))
+    parts = loading_parts(trainer.data, seed=max(counts) + 1)
     loader = ", ".join(f"{rate:.0f} with {count or 'no'} workers" for count, rate in rates.items())
     text = f"items/s: the loader {loader}; training {step:.0f}"
-    values = {"loader": rates, "training": step}
+    values = {"loader": rates, "training": step, "read": parts.read, "join": parts.join}
+    each = f"an item takes {1000 * parts.read:.2f} ms to read and {1000 * parts.join:.2f} ms to join"
     if rates[workers] >= step:
-        return [Finding("data loading", "ok", f"{text}: the loader waits for training", values=values)]
+        found = f"{text}: the loader waits for training\nthe bottleneck is the training step; {each}"
+        return [Finding("data loading", "ok", found, values=values)]
+    slowest = "reading items" if parts.read >= parts.join else "joining them into batches"
+    found = f"{text}: training waits for the loader\nthe bottleneck is {slowest}; {each}"
     enough = min(-(-step // rates[0]), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
     more = max(int(enough), 1)
-    fix = (
-        f"loader.num_workers={more}" if more > workers else "smaller pictures or packed data; more workers do not help"
-    )
-    return [Finding("data loading", "warn", f"{text}: training waits for the loader", fix, values)]
+    fix = "smaller pictures or packed data (vision3dgen pack); more workers do not help"
+    if more > workers and rates.get(more, max(rates.values())) > rates[workers]:
+        fix = f"loader.num_workers={more}"
+    return [Finding("data loading", "warn", found, fix, values)]
 
 
 def check_memory(subject: Subject) -> list[Finding]:

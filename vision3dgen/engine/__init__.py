@@ -9,6 +9,7 @@ from vision3dgen.engine.diagnose import Memory as Memory
 from vision3dgen.engine.diagnose import Overfit as Overfit
 from vision3dgen.engine.diagnose import RangeTest as RangeTest
 from vision3dgen.engine.diagnose import initial_losses as initial_losses
+from vision3dgen.engine.diagnose import loading_parts as loading_parts
 from vision3dgen.engine.diagnose import loading_rate as loading_rate
 from vision3dgen.engine.diagnose import memory as memory
 from vision3dgen.engine.diagnose import overfit as overfit

@@ -8,6 +8,7 @@ import copy
 import gc
 import itertools
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from vision3dgen.engine.loading import Data, ShuffleSampler, make_loader, to_device
 from vision3dgen.engine.optim import Schedule, train_mode
-from vision3dgen.engine.seeding import preserved_rng, seed_all
+from vision3dgen.engine.seeding import preserved_cpu_rng, preserved_rng, seed_all
 from vision3dgen.engine.settings import PRECISIONS
 from vision3dgen.engine.trainer import Trainer
 
@@ -237,6 +238,31 @@ def loading_rate(data: Data, *, workers: int, seed: int = 0, seconds: float = 5.
     sampler = ShuffleSampler(len(data.dataset), seed, data.batch_size)
     batches = iter(make_loader(replace(data, num_workers=workers), sampler))
     return _rate(lambda: next(batches), torch.device("cpu"), seconds, most)
+
+
+class LoadingParts(NamedTuple):
+    """Seconds that one item takes in a loader without workers."""
+
+    read: float  # dataset[index]
+    join: float  # its share of `collate`
+
+
+def loading_parts(data: Data, *, seed: int = 0, seconds: float = 2.0, most: int = 10) -> LoadingParts:
+    """Where the time of a loader goes: medians over batches of items that no batch before had."""
+    order = ShuffleSampler(len(data.dataset), seed, data.batch_size).order(0)
+    read, join = [], []
+    begun = time.perf_counter()
+    with preserved_cpu_rng():
+        for start in range(0, len(order) - data.batch_size + 1, data.batch_size):
+            first = time.perf_counter()
+            items = [data.dataset[index] for index in order[start : start + data.batch_size]]
+            middle = time.perf_counter()
+            data.collate(items)
+            read.append((middle - first) / data.batch_size)
+            join.append((time.perf_counter() - middle) / data.batch_size)
+            if len(read) >= most or time.perf_counter() - begun > seconds:
+                break
+    return LoadingParts(statistics.median(read), statistics.median(join))
 
 
 def peak_bytes(device: torch.device) -> int:

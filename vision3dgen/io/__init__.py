@@ -4,7 +4,9 @@ from vision3dgen.files import FileError as FileError
 from vision3dgen.files import atomic_write as atomic_write
 from vision3dgen.files import safe_join as safe_join
 from vision3dgen.io.arrays import list_npz as list_npz
+from vision3dgen.io.arrays import load_npy as load_npy
 from vision3dgen.io.arrays import load_npz as load_npz
+from vision3dgen.io.arrays import save_npy as save_npy
 from vision3dgen.io.arrays import save_npz as save_npz
 from vision3dgen.io.convert import from_numpy as from_numpy
 from vision3dgen.io.convert import from_open3d as from_open3d

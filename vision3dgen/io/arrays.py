@@ -68,25 +68,44 @@ def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
             raise FileError(f"{path}: not an npz file, or a damaged one: {error}") from error
 
 
+def load_npy(path: str | os.PathLike[str]) -> np.ndarray:
+    """The array of an npy file; FileError as of `load_npz`."""
+    path = Path(path)
+    with open(path, "rb") as file:
+        return _read_member(path, "of the file", file, path.stat().st_size)
+
+
+def save_npy(path: str | os.PathLike[str], array: Any) -> None:
+    """Write an array (or tensor) as an npy file, atomically."""
+    converted = np.asarray(array)
+    if converted.dtype.hasobject:
+        raise FileError(f"{path}: the array holds Python objects, only numbers and strings can be written")
+    with atomic_write(path) as file:
+        npy.write_array(file, converted, allow_pickle=False)
+
+
 def _read_array(path: Path, key: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
     with archive.open(info) as member:
-        try:
-            version = npy.read_magic(member)
-            if version not in ((1, 0), (2, 0), (3, 0)):
-                raise ValueError(f"npy version {version}")
-            # numpy names only the readers of versions 1 and 2; 3 differs from 2 in non-ASCII field names alone
-            read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-            shape, fortran, dtype = read_header(member)
-        except (ValueError, SyntaxError, TypeError, KeyError) as error:
-            raise FileError(f"{path}: array {key!r} is not a numpy array: {error}") from error
-        if dtype.hasobject:
-            raise FileError(f"{path}: array {key!r} holds pickled Python objects, which are never loaded")
-        stored, claimed = info.file_size - member.tell(), math.prod(shape) * dtype.itemsize
-        if stored != claimed or min(shape, default=0) < 0:
-            raise FileError(
-                f"{path}: array {key!r} claims shape {shape} of {dtype}, {claimed} bytes; {stored} are stored"
-            )
-        values = bytearray(member.read())  # not bytes, so that the array can be written to
+        return _read_member(path, repr(key), member, info.file_size)
+
+
+def _read_member(path: Path, name: str, member: Any, size: int) -> np.ndarray:
+    """The array in a file of `size` bytes, open at its beginning; `name` is what errors call it."""
+    try:
+        version = npy.read_magic(member)
+        if version not in ((1, 0), (2, 0), (3, 0)):
+            raise ValueError(f"npy version {version}")
+        # numpy names only the readers of versions 1 and 2; 3 differs from 2 in non-ASCII field names alone
+        read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, fortran, dtype = read_header(member)
+    except (ValueError, SyntaxError, TypeError, KeyError) as error:
+        raise FileError(f"{path}: array {name} is not a numpy array: {error}") from error
+    if dtype.hasobject:
+        raise FileError(f"{path}: array {name} holds pickled Python objects, which are never loaded")
+    stored, claimed = size - member.tell(), math.prod(shape) * dtype.itemsize
+    if stored != claimed or min(shape, default=0) < 0:
+        raise FileError(f"{path}: array {name} claims shape {shape} of {dtype}, {claimed} bytes; {stored} are stored")
+    values = bytearray(member.read())  # not bytes, so that the array can be written to
     if len(values) != claimed:
-        raise FileError(f"{path}: array {key!r} is cut short, {len(values)} of {claimed} bytes")
+        raise FileError(f"{path}: array {name} is cut short, {len(values)} of {claimed} bytes")
     return np.ndarray(shape, dtype, values, order="F" if fortran else "C")

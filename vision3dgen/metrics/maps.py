@@ -177,6 +177,8 @@ class MapScores:
             f"n_ok {self.n_ok}, n_failed {self.n_failed} (of which {self.n_without_truth} have no truth). "
             f"{self.replaced} of {self.pixels} pixels were outside what can be compared and were replaced.",
         ]
+        if "split" in self.about:
+            lines.append(f"Split {self.about['split']['name']}, sha256 {self.about['split']['sha256']}.")
         lines += [f"Failed: {name}: {reason}" for name, reason in self.failures.items()]
         return "\n".join(lines) + "\n"
 

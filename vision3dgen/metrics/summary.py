@@ -65,6 +65,8 @@ class Summary:
             f"Protocol {self.protocol['name']} ({self.protocol['citation']}), seed {self.seed}. Points drawn: "
             f"{drawn or 'none'}. n_ok {self.n_ok}, n_empty {self.n_empty}, n_failed {self.n_failed}."
         )
+        if "split" in self.about:
+            lines.append(f"Split {self.about['split']['name']}, sha256 {self.about['split']['sha256']}.")
         lines += [f"Empty: {', '.join(self.empty)}."] if self.empty else []
         lines += [f"Failed: {name}: {reason}" for name, reason in self.failures.items()]
         for name, reasons in self.unmeasured.items():
