@@ -51,7 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     _device(evaluate)
 
     reconstruct = _command(
-        commands, "reconstruct", _reconstruct, "shapes from images, or from the clouds or voxels a model completes",
+        commands, "reconstruct", _reconstruct,
+        "shapes or depth from images, or shapes from the clouds or voxels a model completes",
         "vision3dgen reconstruct runs/x chair.png --out out",
     )  # fmt: skip
     reconstruct.add_argument("run_folder", type=Path, metavar="RUN")
@@ -96,6 +97,18 @@ def _parser() -> argparse.ArgumentParser:
     view.add_argument("--items", type=int, default=8, help="test items to show (default: 8)")
     view.add_argument("--out", type=Path, help="where pictures go without a display (default: RUN/view)")
     _device(view)
+
+    report = _command(
+        commands, "report", _report, "one HTML page about runs: scores, curves, pictures, shapes to turn",
+        "vision3dgen report runs/x runs/y --out report.html",
+    )  # fmt: skip
+    report.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="run folder, or a folder of run folders such as a benchmark's"
+    )
+    report.add_argument("--out", type=Path, help="the page (default: report.html in the first RUN)")
+    report.add_argument("--items", type=int, default=5, help="items drawn, spread over the split (default: 5)")
+    report.add_argument("--extreme", type=int, default=2, help="worst and best ones drawn for each run (default: 2)")
+    _device(report)
 
     sample = _command(
         commands, "sample", _sample, "draw from a trained generator", "vision3dgen sample runs/x --n 64 --out samples"
@@ -277,6 +290,20 @@ def _view(options: argparse.Namespace) -> int:
         options.items, options.out or options.run_folder / "view", device=_chosen(options.device)
     )
     print(shown)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from vision3dgen.report import write_report
+
+    path = write_report(
+        options.runs,
+        options.out or options.runs[0] / "report.html",
+        items=options.items,
+        extreme=options.extreme,
+        device=_chosen(options.device),
+    )
+    print(path)
     return 0
 
 

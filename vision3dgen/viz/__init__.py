@@ -2,13 +2,16 @@
 
 from vision3dgen.viz.attention import attention_gallery as attention_gallery
 from vision3dgen.viz.attention import attention_overlay as attention_overlay
+from vision3dgen.viz.depth import depth_error_picture as depth_error_picture
 from vision3dgen.viz.depth import depth_gallery as depth_gallery
 from vision3dgen.viz.depth import depth_picture as depth_picture
 from vision3dgen.viz.depth import normals_picture as normals_picture
+from vision3dgen.viz.gallery import Cells as Cells
 from vision3dgen.viz.gallery import curves as curves
 from vision3dgen.viz.gallery import figure_of as figure_of
 from vision3dgen.viz.gallery import gallery as gallery
 from vision3dgen.viz.gallery import image_grid as image_grid
+from vision3dgen.viz.gallery import reconstruction_cells as reconstruction_cells
 from vision3dgen.viz.gallery import reconstruction_gallery as reconstruction_gallery
 from vision3dgen.viz.gallery import save_figure as save_figure
 from vision3dgen.viz.gallery import threshold_curve as threshold_curve
@@ -24,6 +27,8 @@ from vision3dgen.viz.scene import Rendering as Rendering
 from vision3dgen.viz.scene import Renderings as Renderings
 from vision3dgen.viz.scene import Sample as Sample
 from vision3dgen.viz.scene import Voxels as Voxels
+from vision3dgen.viz.scene import colored_by_distance as colored_by_distance
+from vision3dgen.viz.scene import distance_to_surface as distance_to_surface
 from vision3dgen.viz.scene import fit_camera as fit_camera
 from vision3dgen.viz.scene import render as render
 from vision3dgen.viz.scene import render_many as render_many

@@ -22,6 +22,7 @@ from torch import Tensor
 from vision3dgen.checks import check_choice, check_shape
 from vision3dgen.files import atomic_write
 from vision3dgen.io import write_png
+from vision3dgen.ops import knn_points, nearest_faces
 from vision3dgen.ops.render import RENDERERS, corner_normals, raycast
 from vision3dgen.structures import Camera, Frame, GridSpec, Meshes, Pointclouds
 from vision3dgen.viz import offscreen
@@ -67,7 +68,9 @@ class Sample:
     """One object of a comparison: the input image, the truth, and what each head made of it.
 
     image: (3, H, W) in [0, 1]. Shapes are in `frame`; `camera`, the image's own, applies to the file's coordinates, so
-    shapes are denormalized before they are drawn through it. captions: a line per head, its score say.
+    shapes are denormalized before they are drawn through it. captions: a line per head, its score say. pictures: what
+    else there is to see beside the image, by name: depth in colors, (3, H, W) in [0, 1] or (H, W, 3) uint8. id: the
+    item's.
     """
 
     image: Float[Tensor, "3 H W"] | None = None
@@ -77,6 +80,22 @@ class Sample:
     frame: Frame | None = None
     title: str = ""
     captions: Mapping[str, str] = field(default_factory=dict)
+    pictures: Mapping[str, np.ndarray | Tensor] = field(default_factory=dict)
+    id: str = ""
+
+    @property
+    def up(self) -> tuple[float, float, float]:
+        """Which way is up: +y of objects, -y of what is in a camera's own axes."""
+        return (0.0, -1.0, 0.0) if self._in_camera else (0.0, 1.0, 0.0)
+
+    @property
+    def eye(self) -> tuple[float, float, float]:
+        """From where to look first, relative to the middle: three quarters from the front, or beside the camera."""
+        return (0.25, -0.25, -1.0) if self._in_camera else _EYE
+
+    @property
+    def _in_camera(self) -> bool:
+        return self.frame is not None and self.frame.name == "camera"
 
     def shapes(self) -> dict[str, Shape | None]:
         """Predictions by head, then the truth, in the coordinates of the camera."""
@@ -343,6 +362,41 @@ def _point_radius(points: Float[Tensor, "P 3"]) -> float:
     """Such that points spread over a surface as large as their box nearly touch."""
     diagonal = float((points.amax(0) - points.amin(0)).norm())
     return max(diagonal * min(max(0.45 / math.sqrt(len(points)), 0.002), 0.02), 1e-6)
+
+
+def distance_to_surface(shape: Meshes | Pointclouds, truth: Meshes | Pointclouds) -> Float[Tensor, " N"]:
+    """How far each vertex or point of one shape is from the surface, or the nearest point, of another; not squared."""
+    points = _points(shape)[0].float()
+    if isinstance(truth, Meshes):
+        return nearest_faces(truth.verts_packed().float(), truth.faces_packed(), points).distances
+    return knn_points(points[None], truth.points_packed()[None].float(), K=1).dists[0, :, 0].sqrt()
+
+
+def colored_by_distance(
+    shape: Meshes | Pointclouds, truth: Meshes | Pointclouds, largest: float
+) -> Meshes | Pointclouds:
+    """The shape with colors for its distance to the truth: cividis, from blue at 0 to yellow at `largest` and more.
+
+    Color-blind readers tell them apart. Needs matplotlib. Raises ValueError where the truth is empty.
+    """
+    if not largest > 0:
+        raise ValueError(f"largest must be a distance above 0, got {largest}")
+    if truth.isempty():
+        raise ValueError("the truth is empty: there is no distance to it")
+    share = (distance_to_surface(shape, truth) / largest).clamp(0, 1)
+    colors = torch.from_numpy(colors_of("cividis", share.detach().cpu().double().numpy())).float()
+    if isinstance(shape, Meshes):
+        return Meshes(shape.verts_list(), shape.faces_list(), verts_attributes={"color": [colors]})
+    return Pointclouds(shape.points_list(), normals=shape.normals_list(), features=[colors])
+
+
+def colors_of(colormap: str, share: np.ndarray) -> np.ndarray:
+    """Colors (*share.shape, 3) in [0, 1] of numbers in [0, 1], by one of matplotlib's colormaps."""
+    try:
+        from matplotlib import colormaps
+    except ImportError as error:
+        raise ImportError('pictures of numbers need matplotlib: pip install "vision3dgen[viz]"') from error
+    return colormaps[colormap](share)[..., :3]
 
 
 # -------------------------------------------------------------------------------------------------------- open3d
