@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--out", type=Path, help="the page (default: report.html in the first RUN)")
     report.add_argument("--items", type=int, default=5, help="items drawn, spread over the split (default: 5)")
-    report.add_argument("--extreme", type=int, default=2, help="worst and best ones drawn for each run (default: 2)")
+    report.add_argument("--extreme", type=int, default=1, help="worst and best ones drawn for each run (default: 1)")
     _device(report)
 
     sample = _command(

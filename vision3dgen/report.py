@@ -19,6 +19,7 @@ from vision3dgen.viz import Sample, reconstruction_cells
 from vision3dgen.viz.report import Record, read_runs, write_page
 from vision3dgen.viz.report.comparison import extremes, principal
 from vision3dgen.viz.report.page import run_colors
+from vision3dgen.viz.scene import Job, Shape
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def write_report(
     out: str | os.PathLike[str],
     *,
     items: int = 5,
-    extreme: int = 2,
+    extreme: int = 1,
     device: torch.device | str = "cpu",
     renderer: str = "auto",
 ) -> Path:
@@ -54,25 +55,33 @@ def write_report(
 
 def _samples(records: Sequence[Record], items: int, extreme: int, device: torch.device | str) -> list[Sample]:
     """Of each run that can predict, what it makes of the items; samples of one item are joined."""
-    wanted = list(dict.fromkeys(item for record in records for item in _extreme_items(record, extreme)))
-    joined: dict[str, Sample] = {}
     trained = [record for record in records if record.is_trained]
+    wanted: dict[str, list[str]] = {}  # what each item is an extreme of
+    for record in trained:
+        for item, what in _extreme_items(record, extreme):
+            wanted.setdefault(item, []).append(what)
+    joined: dict[str, Sample] = {}
     for record in tracked(trained, title="predicting"):
         try:
-            for sample in _predicted(record, items, wanted, device):
+            for sample in _predicted(record, items, list(wanted), device):
                 known = joined.get(sample.id)
                 joined[sample.id] = sample if known is None else _joined(known, sample)
         except (ValueError, OSError, ImportError) as error:
             record.faults.append(f"nothing could be predicted: {error}")
-    return sorted(joined.values(), key=lambda sample: (sample.id in wanted, sample.id))
+    titled = [
+        replace(sample, title=", ".join([sample.title, *wanted.get(sample.id, ())])) for sample in joined.values()
+    ]
+    return sorted(titled, key=lambda sample: (sample.id in wanted, sample.id))
 
 
-def _extreme_items(record: Record, count: int) -> Iterator[str]:
+def _extreme_items(record: Record, count: int) -> Iterator[tuple[str, str]]:
+    """Ids, and of which run they are the worst or best."""
     for evaluation in record.evaluations[:1]:
         metric = principal(evaluation)
-        if metric is not None and record.is_trained:
-            worst, best, _ = extremes(evaluation, metric, count)
-            yield from (entry.id for entry in (*worst, *best))
+        if metric is not None:
+            worst, best, labels = extremes(evaluation, metric, count)
+            for label, entries in zip(labels, (worst, best)):
+                yield from ((entry.id, f"{label} of {record.name}") for entry in entries)
 
 
 def _predicted(record: Record, items: int, wanted: Sequence[str], device: torch.device | str) -> Iterator[Sample]:
@@ -91,8 +100,20 @@ def _predicted(record: Record, items: int, wanted: Sequence[str], device: torch.
             raise ConfigError(
                 f"item {index} of the data is {item['id']!r}, but {scored[index]!r} was scored: other data"
             )
-        sample = sample_of(item, {record.name: predict}, takes=model.takes)
-        yield _captioned(sample, record)
+        yield _captioned(_sound(sample_of(item, {record.name: predict}, takes=model.takes), record), record)
+
+
+def _sound(sample: Sample, record: Record) -> Sample:
+    """Without the shapes that cannot be drawn, which become faults of the run."""
+    kept: dict[str, Shape | None] = {}
+    for name, shape in sample.predictions.items():
+        try:
+            Job(shape).drawn  # noqa: B018 - it raises for what is not finite
+            kept[name] = shape
+        except ValueError as error:
+            record.faults.append(f"the shape of {sample.id} cannot be drawn: {error}")
+            kept[name] = None
+    return replace(sample, predictions=kept)
 
 
 def _captioned(sample: Sample, record: Record) -> Sample:

@@ -39,13 +39,14 @@ class Table(NamedTuple):
     @property
     def title(self) -> str:
         first = self.scored[0].evaluation
-        return f"{first.name}, {first.split} split"
+        return f"{first.kind.capitalize()} under {first.name}, {first.split} split"
 
     @property
     def columns(self) -> list[str]:
-        """Metrics that at least one run has, in the order of the files."""
+        """Metrics that at least one run has; those that others are made of come last."""
         known = (name for s in self.scored for name, value in s.evaluation.values.items() if value is not None)
-        return list(dict.fromkeys(known))
+        parts = ("Accuracy", "Completeness", "Precision", "Recall")
+        return sorted(dict.fromkeys(known), key=lambda name: name.startswith(parts))
 
 
 class Refusal(NamedTuple):

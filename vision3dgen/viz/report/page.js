@@ -123,7 +123,7 @@
       const [i, j, k] = faces;
       const paint = byError && error ? { intensity: error, ...scale, showscale: true, colorbar: bar } : { color };
       return [{ type: "mesh3d", x, y, z, i, j, k, ...paint, flatshading: true, hoverinfo: "skip",
-        lighting: { ambient: 0.45, diffuse: 0.75, specular: 0.08, roughness: 0.8 }, lightposition: { x: -400, y: 700, z: -600 } }];
+        lighting: { ambient: byError ? 0.75 : 0.45, diffuse: byError ? 0.4 : 0.75, specular: 0.08, roughness: 0.8 }, lightposition: { x: -400, y: 700, z: -600 } }];
     }
     const paint = byError && error ? { color: error, ...scale, showscale: true, colorbar: bar } : { color: colors || color };
     return [{ type: "scatter3d", mode: "markers", x, y, z, marker: { size: 2, ...paint }, hoverinfo: "skip" }];

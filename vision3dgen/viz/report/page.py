@@ -196,7 +196,7 @@ def _score_table(table: Table) -> str:
         cells = [f"<td>{_text(record.name)}</td>"]
         for column in table.columns:
             value, spread = evaluation.values.get(column), evaluation.spread.get(column)
-            shown = _number(value) + (f" ± {_number(spread)}" if spread else "")
+            shown = _number(value) + (f" ± {spread:.1g}" if spread else "")
             kind = "number best" if value is not None and value == best[column] else "number"
             cells.append(_cell(shown, value, kind))
         cells += [_cell(str(n := evaluation.counts.get(key, 0)), n, "number") for key in counts]
@@ -409,7 +409,7 @@ def _sample(sample: Sample) -> dict[str, Any]:
         coarse = geometry.coarsened(known)
         error = None if truth is None else distance_to_surface(coarse, truth)
         if error is not None and len(error):
-            largest = max(largest, float(torch.quantile(error.float(), 0.98)))
+            largest = max(largest, float(torch.quantile(error.float(), 0.9)))
         shapes[name] = geometry.packed(coarse, error, of=geometry.size(known))
     return {
         "id": sample.id or sample.title,
@@ -421,6 +421,6 @@ def _sample(sample: Sample) -> dict[str, Any]:
 
 
 def _directions(sample: Sample) -> Iterator[tuple[str, dict[str, float]]]:
-    for name, axis, length in (("up", sample.up, 1.0), ("eye", sample.eye, 1.45)):
+    for name, axis, length in (("up", sample.up, 1.0), ("eye", sample.eye, 1.4)):
         x, y, z = (length * value for value in axis)
         yield name, {"x": x, "y": y, "z": z}

@@ -212,7 +212,8 @@ def _evaluation(stem: str, summary: Mapping[str, Any], rows: Sequence[Mapping[st
     if isinstance(protocol, Mapping) and "aggregation" in protocol:
         kind, values = "shapes", summary[protocol["aggregation"][0]]
     elif isinstance(protocol, Mapping):
-        kind, values = "pictures of " + ", ".join(sorted(protocol)), summary["mean"]
+        values = summary["mean"]
+        kind = "depth" if "abs_rel" in values else "normals" if "within_30" in values else "pictures"
     else:
         kind, values = name, dict(_numbers(summary))
         protocol = {"name": name} | {key: summary[key] for key in SETTINGS if key in summary}
