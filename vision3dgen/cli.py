@@ -150,6 +150,16 @@ def _parser() -> argparse.ArgumentParser:
         "--back", action="store_true", help="CHECKPOINT is a run folder or its safetensors file, OUT a torch file"
     )
 
+    share = _command(
+        commands, "share", _share, "a trained run as a folder to share: weights, configuration, card",
+        "vision3dgen share runs/x shared/x --push me/occupancy-chairs",
+    )  # fmt: skip
+    share.add_argument("run_folder", type=Path, metavar="RUN")
+    share.add_argument("folder", type=Path, metavar="OUT", help="folder to write")
+    share.add_argument("--title", default="", help="of the card (default: the run's name)")
+    share.add_argument("--license", default="", help="of the weights, such as cc-by-4.0 (default: left open)")
+    share.add_argument("--push", metavar="OWNER/NAME", help="upload it to the Hugging Face hub too, as a private model")
+
     sweep = _command(
         commands, "sweep", _sweep, "search hyper-parameters: many runs, a table and a picture",
         "vision3dgen sweep configs/X.yaml --space space.yaml --trials 20 --out runs/sweep",
@@ -167,6 +177,12 @@ def _parser() -> argparse.ArgumentParser:
         "--cpus-per-trial", type=float, default=1, help="how many trials run at once follows (default: 1)"
     )
     sweep.add_argument("--gpus-per-trial", type=float, help="may be a fraction (default: 1 if there is one)")
+
+    completion = _command(
+        commands, "completion", _completion, "a script that lets the Tab key complete commands and options",
+        'eval "$(vision3dgen completion bash)"',
+    )  # fmt: skip
+    completion.add_argument("shell", metavar="SHELL", help="bash, zsh or fish")
     return parser
 
 
@@ -358,6 +374,15 @@ def _convert(options: argparse.Namespace) -> int:
     return 0
 
 
+def _share(options: argparse.Namespace) -> int:
+    from vision3dgen import pretrained
+
+    print(pretrained.save_pretrained(options.run_folder, options.folder, title=options.title, license=options.license))
+    if options.push:
+        print(pretrained.push_to_hub(options.folder, options.push))
+    return 0
+
+
 def _sweep(options: argparse.Namespace) -> int:
     from vision3dgen.sweep import Source, Sweep
 
@@ -377,6 +402,13 @@ def _sweep(options: argparse.Namespace) -> int:
     if waiting:
         print(f"{waiting} trials have not run: the same command goes on with them")
     return 1 if waiting or any(trial.status == "failed" for trial in trials) else 0
+
+
+def _completion(options: argparse.Namespace) -> int:
+    from vision3dgen.completion import script
+
+    print(script(_parser(), options.shell), end="")
+    return 0
 
 
 if __name__ == "__main__":

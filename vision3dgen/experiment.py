@@ -1,7 +1,7 @@
 """From a configuration to a run folder, and back: data, model, training, evaluation, reconstruction.
 
 RUN/config.yaml          the resolved configuration; `Run.open` needs nothing else
-RUN/environment.json     versions, device and command of the last start
+RUN/environment.json     versions, git revision, device and command of the last start
 RUN/metrics.jsonl        losses and validation metrics by step
 RUN/checkpoints/         newest and best
 RUN/evaluation/          NAME_SPLIT.jsonl (a line per item) and NAME_SPLIT.json (the summary)
@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import platform
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,6 +48,7 @@ from vision3dgen.metrics import (
     quantize,
 )
 from vision3dgen.models import DECODERS, MODELS, Classifier, Reconstruction
+from vision3dgen.parallel import tracked
 from vision3dgen.samples import MAP_PICTURES, visible_cloud
 from vision3dgen.samples import samples as samples
 from vision3dgen.structures import Camera, Frame, Pointclouds
@@ -60,6 +62,7 @@ PARTS: dict[str, Mapping[str, Callable[..., Any]]] = {  # sections of a model th
     "head": HEADS,
     "decoder": DECODERS,
 }
+MODEL_FILE = "model.safetensors"  # of a folder that `pretrained.save_pretrained` wrote: a run without checkpoints
 GIVEN_TO_PARTS = ("channels", "strides", "layout")  # what parts beside a backbone or an encoder may ask to be given
 GIVEN_TO_TRAINER = ("model", "data", "run_dir", "seed")  # what the experiment passes beside the configuration
 
@@ -123,9 +126,12 @@ class Weights:
 
 
 def _weights_file(run: Path) -> Path:
+    """Of the best checkpoint, else of the newest, the average where there is one; or the file of a folder to share."""
     folder = engine.best(run) or engine.latest(run)
     if folder is None:
-        raise ConfigError(f"weights: {run} has no checkpoint: train it first, or give a file")
+        if (run / MODEL_FILE).exists():
+            return run / MODEL_FILE
+        raise ConfigError(f"{run} has no checkpoint: train it first, or give a file")
     files = engine.checkpoint.verify(folder)["files"]
     return folder / ("ema.safetensors" if "ema.safetensors" in files else "model.safetensors")
 
@@ -201,10 +207,17 @@ class Experiment:
 
 
 class Batches(Sequence[dict[str, Any]]):
-    """All items of a dataset, in order, so many at once; a batch is made when it is asked for."""
+    """All items of a dataset, in order, so many at once; a batch is made when it is asked for.
 
-    def __init__(self, dataset: Any, size: int):
-        self.dataset, self.size = dataset, size
+    title: of a progress bar on a terminal while they are gone through, none by default.
+    """
+
+    def __init__(self, dataset: Any, size: int, title: str = ""):
+        self.dataset, self.size, self.title = dataset, size, title
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        found = (self[number] for number in range(len(self)))
+        return tracked(found, title=self.title, total=len(self)) if self.title else found
 
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.size)
@@ -323,7 +336,7 @@ class Run:
     def model(self, device: torch.device | str = "cpu") -> nn.Module:
         """The model with the best checkpoint's weights (else the newest's), in evaluation mode."""
         model = self.experiment.build_model()
-        engine.load_weights(model, self.checkpoint())
+        engine.checkpoint.load_file(model, self.weights_file())
         return model.to(device).eval()
 
     def reconstruct(self, inputs: Sequence[Path], out: Path, *, device: torch.device | str = "cpu") -> list[Path]:
@@ -340,7 +353,7 @@ class Run:
         camera = self._usual_camera() if isinstance(model.head, DepthHead) else None
         out.mkdir(parents=True, exist_ok=True)
         written: list[Path] = []
-        for path in inputs:
+        for path in tracked(inputs, title="reconstructing"):
             batch = self._read_input(path, model.takes)
             if camera is not None:
                 batch["camera"] = Camera.stack([camera])
@@ -497,10 +510,13 @@ class Run:
             raise ConfigError(f"{self.folder} has no checkpoint: train it first")
         return found
 
+    def weights_file(self) -> Path:
+        """The safetensors file that `model` loads; ConfigError where there is none."""
+        return _weights_file(self.folder)
+
     def weights(self) -> str:
         """SHA-256 of the weights that `model` loads: scores of other weights are never mixed in."""
-        files = json.loads((self.checkpoint() / "meta.json").read_text(encoding="utf-8"))["files"]
-        return files["ema.safetensors" if "ema.safetensors" in files else "model.safetensors"]["sha256"]
+        return engine.checkpoint.sha256(self.weights_file())
 
 
 def predictor(model: nn.Module, device: torch.device | str) -> Callable[[Mapping[str, Any]], Any]:
@@ -559,7 +575,7 @@ def score(
     """
     evaluation = experiment.evaluation
     split = split or evaluation.split
-    batches = Batches(experiment.dataset(split), evaluation.batch_size)
+    batches = Batches(experiment.dataset(split), evaluation.batch_size, f"scoring, {name}")
     return evaluation.evaluate(name, batches, predict, folder, split=split, seed=experiment.seed, about=about)
 
 
@@ -567,12 +583,28 @@ def environment() -> dict[str, Any]:
     """What a number depends on beside its configuration: versions, device, threads and command."""
     return {
         "vision3dgen": __version__,
+        "revision": _revision(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "threads": torch.get_num_threads(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
+
+
+def _revision() -> str | None:
+    """The git commit of the package's source, with "+" where files differ from it; None for an installed package."""
+    source = Path(__file__).parents[1]
+    if not (source / ".git").exists():
+        return None
+    told = []
+    for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
+        try:
+            done = subprocess.run(["git", "-C", str(source), *command], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):  # no git, or a folder that git does not trust
+            return None
+        told.append(done.stdout.strip())
+    return told[0] + "+" * bool(told[1])
 
 
 def _on_white(rgba: UInt8[Tensor, "H W 4"]) -> Float[Tensor, "3 H W"]:

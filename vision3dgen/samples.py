@@ -11,6 +11,7 @@ from torch import Tensor
 from vision3dgen.datasets import CATEGORIES, collate
 from vision3dgen.metrics import Prediction
 from vision3dgen.ops import depth_to_pointclouds
+from vision3dgen.parallel import tracked
 from vision3dgen.structures import Camera, Frame, GridSpec, Meshes, Pointclouds
 from vision3dgen.viz import Sample, Voxels, depth_error_picture, depth_picture, normals_picture
 from vision3dgen.viz.scene import Shape
@@ -26,7 +27,8 @@ def spread_over(count: int, size: int) -> list[int]:
 
 def samples(dataset: Any, count: int, predictors: Mapping[str, Predict], *, takes: str = "image") -> list[Sample]:
     """What each predictor makes of `count` items spread evenly over a dataset, for the viewer, beside what it takes."""
-    return [sample_of(dataset[index], predictors, takes=takes) for index in spread_over(count, len(dataset))]
+    chosen = tracked(spread_over(count, len(dataset)), title="predicting")
+    return [sample_of(dataset[index], predictors, takes=takes) for index in chosen]
 
 
 def sample_of(item: Mapping[str, Any], predictors: Mapping[str, Predict], *, takes: str = "image") -> Sample:

@@ -27,11 +27,13 @@ from vision3dgen.viz.scene import Rendering as Rendering
 from vision3dgen.viz.scene import Renderings as Renderings
 from vision3dgen.viz.scene import Sample as Sample
 from vision3dgen.viz.scene import Voxels as Voxels
+from vision3dgen.viz.scene import camera_mesh as camera_mesh
 from vision3dgen.viz.scene import colored_by_distance as colored_by_distance
 from vision3dgen.viz.scene import distance_to_surface as distance_to_surface
 from vision3dgen.viz.scene import fit_camera as fit_camera
 from vision3dgen.viz.scene import render as render
 from vision3dgen.viz.scene import render_many as render_many
 from vision3dgen.viz.scene import turntable as turntable
+from vision3dgen.viz.scene import write_film as write_film
 from vision3dgen.viz.window import Shown as Shown
 from vision3dgen.viz.window import show as show

@@ -65,7 +65,7 @@ class Record:
     @property
     def is_trained(self) -> bool:
         """Whether there are weights to predict with."""
-        return bool(self.config and self.checkpoints)
+        return bool(self.config and (self.checkpoints or (self.folder / "model.safetensors").exists()))
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -106,7 +106,7 @@ def read_run(folder: Path, name: str | None = None) -> Record:
     record.checkpoints = _checkpoints(folder, record)
     record.evaluations = _evaluations(folder / "evaluation", record.faults)
     record.pictures = [path for path in (folder / "samples" / "samples.png",) if path.exists()]
-    if record.config and not record.metrics:
+    if record.config and not record.metrics and not (folder / "model.safetensors").exists():
         record.faults.append("metrics.jsonl has no entry: training has not come to its first record")
     if not record.config and not record.evaluations:
         record.faults.append("there is neither a configuration nor a score: this is not a run folder, or an empty one")
@@ -135,7 +135,7 @@ def _dotted(node: Any, key: str) -> Iterator[tuple[str, Any]]:
 def _environment(folder: Path, record: Record) -> Mapping[str, Any]:
     path = folder / "environment.json"
     if not path.exists():
-        if record.config:
+        if record.config and not (folder / "model.safetensors").exists():
             record.faults.append("environment.json is not there: training was never started")
         return {}
     return _object(path, record.faults)
@@ -182,7 +182,7 @@ def _checkpoints(folder: Path, record: Record) -> list[dict[str, Any]]:
             found.append(_object(meta, record.faults))
         else:
             record.faults.append(f"checkpoint {path.name} is not whole: it has no meta.json")
-    if record.config and not found:
+    if record.config and not found and not (folder / "model.safetensors").exists():
         record.faults.append("there is no whole checkpoint: nothing can be predicted")
     return [meta for meta in found if meta]
 
