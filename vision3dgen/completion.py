@@ -69,8 +69,8 @@ def _fish(program: str, commands: Sequence[Command]) -> str:
         seen = [f"__fish_seen_subcommand_from {word}" for word in command.words]
         chosen = "; and ".join(seen) or "__fish_use_subcommand"
         not_yet = "".join(f"; and not __fish_seen_subcommand_from {word}" for word in command.following)
-        for word in command.following:
-            lines.append(f"complete -c {program} -f -n '{chosen}{not_yet if command.words else ''}' -a {word}")
+        where = chosen + (not_yet if command.words else "")
+        lines += [f"complete -c {program} -f -n '{where}' -a {word}" for word in command.following]
         for option, text in command.options.items():
             told = text.replace("\\", "\\\\").replace("'", "\\'")
             lines.append(f"complete -c {program} -n '{chosen}' -l {option.removeprefix('--')} -d '{told}'")

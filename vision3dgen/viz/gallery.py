@@ -60,7 +60,7 @@ def gallery(
     stand upright at the left; titles too long for their cell end in an ellipsis.
     """
     pictures = [
-        [None if cell is None else pixels(cell, (i, j)) for j, cell in enumerate(r)] for i, r in enumerate(rows)
+        [None if cell is None else as_pixels(cell, (i, j)) for j, cell in enumerate(r)] for i, r in enumerate(rows)
     ]
     drawn = [cell for row in pictures for cell in row if cell is not None]
     if not drawn:
@@ -172,7 +172,7 @@ def reconstruction_cells(
         cut = _cut(sample.camera, sample.image, list(shapes.values()), size)
         given = {"input": cut.image} if cut.image is not None else {}
         given |= dict(sample.pictures)
-        rows.append({name: np.array(_fitted(pixels(p, (i, j)), size)) for j, (name, p) in enumerate(given.items())})
+        rows.append({name: np.array(_fitted(as_pixels(p, (i, j)), size)) for j, (name, p) in enumerate(given.items())})
         for name, shape in shapes.items():
             jobs[i, name] = Job(shape, cut.camera, colors[name])
     result = render_many(list(jobs.values()), size=size, renderer=renderer)
@@ -215,7 +215,7 @@ def _cut(camera: Camera | None, image: Tensor | None, shapes: Sequence[Shape | N
     return _Cut(camera, None if image is None else image[:, top : top + rows, left : left + columns])
 
 
-def pixels(picture: Picture, cell: tuple[int, int]) -> np.ndarray:
+def as_pixels(picture: Picture, cell: tuple[int, int]) -> np.ndarray:
     """The picture as (H, W, 3) uint8; `cell`, its row and column, is named where it is none."""
     if isinstance(picture, Tensor):
         if picture.ndim == 3 and picture.shape[0] in (1, 3) and picture.is_floating_point():

@@ -21,7 +21,7 @@ from PIL import Image
 
 from vision3dgen import __version__
 from vision3dgen.files import atomic_write
-from vision3dgen.viz.gallery import Picture, curve_keys, pixels
+from vision3dgen.viz.gallery import Picture, as_pixels, curve_keys
 from vision3dgen.viz.report import comparison, geometry
 from vision3dgen.viz.report.comparison import Comparison, Table, compare, extremes, item_metrics, principal
 from vision3dgen.viz.report.record import Evaluation, Record
@@ -369,7 +369,7 @@ def _shapes(records: Sequence[Record], samples: Sequence[Sample], drawn: Sequenc
             if column not in pictures:
                 cells.append("<td></td>")
                 continue
-            image = f"<img src='{_image(pixels(pictures[column], (index, 0)))}' alt='{_text(column)}'>"
+            image = f"<img src='{_image(as_pixels(pictures[column], (index, 0)))}' alt='{_text(column)}'>"
             caption = f"<div>{_text(sample.captions[column])}</div>" if column in sample.captions else ""
             if column in sample.predictions and (column in known or column == "input"):
                 places = f"data-sample='{index}' data-head='{_text(column)}'"
