@@ -15,11 +15,14 @@ from vision3dgen.viz.gallery import reconstruction_cells as reconstruction_cells
 from vision3dgen.viz.gallery import reconstruction_gallery as reconstruction_gallery
 from vision3dgen.viz.gallery import save_figure as save_figure
 from vision3dgen.viz.gallery import threshold_curve as threshold_curve
+from vision3dgen.viz.generation import latent_traversals as latent_traversals
+from vision3dgen.viz.generation import speed_curves as speed_curves
 from vision3dgen.viz.offscreen import OffscreenError as OffscreenError
 from vision3dgen.viz.recognition import class_accuracy_figure as class_accuracy_figure
 from vision3dgen.viz.recognition import class_templates as class_templates
 from vision3dgen.viz.recognition import confusion_figure as confusion_figure
 from vision3dgen.viz.recognition import mistakes as mistakes
+from vision3dgen.viz.recognition import precision_recall_curve as precision_recall_curve
 from vision3dgen.viz.scene import PALETTE as PALETTE
 from vision3dgen.viz.scene import TRUTH_COLOR as TRUTH_COLOR
 from vision3dgen.viz.scene import Job as Job
