@@ -186,11 +186,15 @@ def _points(shape: Meshes | Pointclouds) -> tuple[Float[Tensor, "N 3"], str]:
 
 
 class Rendering(NamedTuple):
+    """One picture, and who drew it."""
+
     image: np.ndarray  # (H, W, 3) uint8; panels of several shapes lie side by side
     renderer: str  # "open3d" or "builtin"
 
 
 class Renderings(NamedTuple):
+    """Pictures that one renderer drew."""
+
     images: list[np.ndarray]  # (H, W, 3) uint8 each
     renderer: str  # "open3d" or "builtin"
 

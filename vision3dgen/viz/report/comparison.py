@@ -58,6 +58,8 @@ class Refusal(NamedTuple):
 
 
 class Comparison(NamedTuple):
+    """What `compare` found."""
+
     tables: Sequence[Table]
     refusals: Sequence[Refusal]
 
