@@ -88,7 +88,7 @@ def confusion_figure(
 
 
 def class_accuracy_figure(accuracies: Mapping[str, Mapping[str, float | None]], path: PathLike) -> None:
-    """Accuracy per class, a dot per classifier: accuracies[classifier][class]; None is left out."""
+    """Accuracy per class, a dot per classifier: `accuracies[classifier][class]`; None is left out."""
     if not accuracies:
         raise ValueError("accuracies must hold at least one classifier")
     classes = list(next(iter(accuracies.values())))

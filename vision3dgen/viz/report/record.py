@@ -104,7 +104,10 @@ def read_run(folder: Path, name: str | None = None) -> Record:
     record.environment = _environment(folder, record)
     record.metrics = list(_lines(folder / "metrics.jsonl", record.faults)) if record.config else ()
     record.checkpoints = _checkpoints(folder, record)
-    record.evaluations = _evaluations(folder / "evaluation", record.faults)
+    asked = record.settings.get("evaluation.protocols")
+    order = asked if isinstance(asked, list) else []  # the first is the run's own measure, others follow by name
+    found = _evaluations(folder / "evaluation", record.faults)
+    record.evaluations = sorted(found, key=lambda e: order.index(e.name) if e.name in order else len(order))
     record.pictures = [path for path in (folder / "samples" / "samples.png",) if path.exists()]
     if record.config and not record.metrics and not (folder / "model.safetensors").exists():
         record.faults.append("metrics.jsonl has no entry: training has not come to its first record")
@@ -198,8 +201,11 @@ def _evaluations(folder: Path, faults: list[str]) -> list[Evaluation]:
         rows = list(_lines(folder / f"{stem}.jsonl", own))
         summary = _object(folder / f"{stem}.json", own) if (folder / f"{stem}.json").exists() else {}
         if summary:
-            found.append(_evaluation(stem, summary, rows))
-        else:
+            try:
+                found.append(_evaluation(stem, summary, rows))
+            except (KeyError, TypeError, AttributeError, IndexError) as error:
+                own.append(f"{stem}.json cannot be shown, it is not a summary that evaluate wrote: {error!r}")
+        elif not any(fault.startswith(f"{stem}.json ") for fault in own):
             own.append(f"{stem} has no summary: {max(len(rows) - 1, 0)} items are scored, the scoring is not finished")
         faults += [f"evaluation: {fault}" for fault in own]
     return found
