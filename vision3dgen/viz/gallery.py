@@ -170,8 +170,8 @@ def reconstruction_cells(
     for i, sample in enumerate(samples):
         shapes = sample.shapes()
         cut = _cut(sample.camera, sample.image, list(shapes.values()), size)
-        given = {"input": cut.image} if cut.image is not None else {}
-        given |= dict(sample.pictures)
+        given: dict[str, Picture] = {"input": cut.image} if cut.image is not None else {}
+        given |= sample.pictures
         rows.append({name: np.array(_fitted(as_pixels(p, (i, j)), size)) for j, (name, p) in enumerate(given.items())})
         for name, shape in shapes.items():
             jobs[i, name] = Job(shape, cut.camera, colors[name])

@@ -214,7 +214,7 @@ def _evaluations(folder: Path, faults: list[str]) -> list[Evaluation]:
 def _evaluation(stem: str, summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Evaluation:
     name, _, split = stem.rpartition("_")
     protocol = summary.get("protocol")
-    about = summary.get("about") if isinstance(summary.get("about"), Mapping) else {}
+    about = summary.get("about") or {}
     if isinstance(protocol, Mapping) and "aggregation" in protocol:
         kind, values = "shapes", summary[protocol["aggregation"][0]]
     elif isinstance(protocol, Mapping):
