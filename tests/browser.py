@@ -1,6 +1,7 @@
 """A headless Chromium driven through the pipe of its DevTools protocol: no driver and no network client is needed."""
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-PATIENCE = 60.0
+PATIENCE = 240.0  # seconds; a busy machine without a GPU draws slowly
 
 
 def chromium() -> str | None:
@@ -29,22 +30,30 @@ class Browser:
             "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
         ]  # fmt: skip
-        # The protocol is spoken on descriptors 3 and 4 of the browser.
-        wrapped = ["sh", "-c", f'exec "$@" 3<&{to_browser} 4>&{their_end}', "sh", *command]
+        # The protocol is spoken on descriptors 3 and 4 of the browser. High numbers first: none is overwritten.
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (to_browser, their_end)]
         self.process = subprocess.Popen(
-            wrapped, pass_fds=(to_browser, their_end), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command,
+            pass_fds=(3, 4),
+            preexec_fn=lambda: [os.dup2(end, number) for number, end in enumerate(ends, start=3)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
-        os.close(to_browser)
-        os.close(their_end)
+        for end in (to_browser, their_end, *ends):
+            os.close(end)
         self.sink, self.source = os.fdopen(our_end, "wb", buffering=0), from_browser
         os.set_blocking(from_browser, False)
         self.buffer, self.count, self.session = b"", 0, None
         self.console: list[str] = []
         self.requests: list[str] = []
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.call(f"{domain}.enable")
+        try:
+            target = self.call("Target.createTarget", url="about:blank")["targetId"]
+            self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+            for domain in ("Page", "Runtime", "Log", "Network"):
+                self.call(f"{domain}.enable")
+        except Exception:
+            self.close()
+            raise
 
     def close(self) -> None:
         self.process.kill()

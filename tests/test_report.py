@@ -280,6 +280,7 @@ HOSTILE = "<img src=x onerror=window.caught=1>\"'&</script><script>window.caught
 needs_browser = [
     pytest.mark.browser,
     pytest.mark.slow,
+    pytest.mark.timeout(900),
     pytest.mark.skipif(chromium() is None, reason="no Chromium or Chrome on this machine (apt install chromium)"),
 ]
 

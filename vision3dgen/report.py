@@ -121,7 +121,7 @@ def _captioned(sample: Sample, record: Record) -> Sample:
     for evaluation in record.evaluations[:1]:
         metric = principal(evaluation)
         for item in evaluation.items:
-            if item.id == sample.id and metric in item.metrics:
+            if metric is not None and item.id == sample.id and metric in item.metrics:
                 text = f"{metric} {item.metrics[metric]:.3f}"
                 column = record.name if record.name in sample.predictions else f"{record.name} depth"
                 return replace(sample, captions={column: text})

@@ -39,7 +39,7 @@ def sample_of(item: Mapping[str, Any], predictors: Mapping[str, Predict], *, tak
     """
     image, camera, frame = item.get("image"), item.get("camera"), item.get("frame", Frame("camera"))
     if image is not None and image.ndim == 4:  # of several views the first one is shown
-        image, camera = image[0], camera[0]
+        image, camera = image[0], None if camera is None else camera[0]
     batch = collate([item])
     shapes: dict[str, Shape | None] = {"input": _drawable(item[takes])} if takes != "image" else {}
     pictures: dict[str, np.ndarray] = {}

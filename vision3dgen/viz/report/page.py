@@ -299,8 +299,8 @@ def _curves(records: Sequence[Record], style: Sequence[tuple[str, str]]) -> list
             smallest, largest = min(smallest, *values), max(largest, *values)
             kept = series[:: math.ceil(len(series) / POINTS_OF_A_CURVE)]
             kept += [series[-1]] if kept[-1] != series[-1] else []
-            steps, values = zip(*kept)
-            lines.append({"name": record.name, "color": color, "dash": dash, "steps": steps, "values": values})
+            steps, heights = zip(*kept)
+            lines.append({"name": record.name, "color": color, "dash": dash, "steps": steps, "values": heights})
         if lines:
             logarithmic = key.endswith("loss") and smallest > 0 and largest > 10 * smallest
             charts.append({"place": f"curve-{len(charts)}", "title": key, "log": logarithmic, "lines": lines})
