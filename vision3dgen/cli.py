@@ -51,7 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     _device(evaluate)
 
     reconstruct = _command(
-        commands, "reconstruct", _reconstruct, "shapes from images, or from the clouds or voxels a model completes",
+        commands, "reconstruct", _reconstruct,
+        "shapes or depth from images, or shapes from the clouds or voxels a model completes",
         "vision3dgen reconstruct runs/x chair.png --out out",
     )  # fmt: skip
     reconstruct.add_argument("run_folder", type=Path, metavar="RUN")
@@ -119,6 +120,18 @@ def _parser() -> argparse.ArgumentParser:
     view.add_argument("--out", type=Path, help="where pictures go without a display (default: RUN/view)")
     _device(view)
 
+    report = _command(
+        commands, "report", _report, "one HTML page about runs: scores, curves, pictures, shapes to turn",
+        "vision3dgen report runs/x runs/y --out report.html",
+    )  # fmt: skip
+    report.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="run folder, or a folder of run folders such as a benchmark's"
+    )
+    report.add_argument("--out", type=Path, help="the page (default: report.html in the first RUN)")
+    report.add_argument("--items", type=int, default=5, help="items drawn, spread over the split (default: 5)")
+    report.add_argument("--extreme", type=int, default=1, help="worst and best ones drawn for each run (default: 1)")
+    _device(report)
+
     sample = _command(
         commands, "sample", _sample, "draw from a trained generator", "vision3dgen sample runs/x --n 64 --out samples"
     )
@@ -159,6 +172,16 @@ def _parser() -> argparse.ArgumentParser:
         "--back", action="store_true", help="CHECKPOINT is a run folder or its safetensors file, OUT a torch file"
     )
 
+    share = _command(
+        commands, "share", _share, "a trained run as a folder to share: weights, configuration, card",
+        "vision3dgen share runs/x shared/x --push me/occupancy-chairs",
+    )  # fmt: skip
+    share.add_argument("run_folder", type=Path, metavar="RUN")
+    share.add_argument("folder", type=Path, metavar="OUT", help="folder to write")
+    share.add_argument("--title", default="", help="of the card (default: the run's name)")
+    share.add_argument("--license", default="", help="of the weights, such as cc-by-4.0 (default: left open)")
+    share.add_argument("--push", metavar="OWNER/NAME", help="upload it to the Hugging Face hub too, as a private model")
+
     sweep = _command(
         commands, "sweep", _sweep, "search hyper-parameters: many runs, a table and a picture",
         "vision3dgen sweep configs/X.yaml --space space.yaml --trials 20 --out runs/sweep",
@@ -176,6 +199,12 @@ def _parser() -> argparse.ArgumentParser:
         "--cpus-per-trial", type=float, default=1, help="how many trials run at once follows (default: 1)"
     )
     sweep.add_argument("--gpus-per-trial", type=float, help="may be a fraction (default: 1 if there is one)")
+
+    completion = _command(
+        commands, "completion", _completion, "a script that lets the Tab key complete commands and options",
+        'eval "$(vision3dgen completion bash)"',
+    )  # fmt: skip
+    completion.add_argument("shell", metavar="SHELL", help="bash, zsh or fish")
     return parser
 
 
@@ -326,6 +355,20 @@ def _view(options: argparse.Namespace) -> int:
     return 0
 
 
+def _report(options: argparse.Namespace) -> int:
+    from vision3dgen.report import write_report
+
+    path = write_report(
+        options.runs,
+        options.out or options.runs[0] / "report.html",
+        items=options.items,
+        extreme=options.extreme,
+        device=_chosen(options.device),
+    )
+    print(path)
+    return 0
+
+
 def _sample(options: argparse.Namespace) -> int:
     from vision3dgen.experiment import Run
 
@@ -377,6 +420,15 @@ def _convert(options: argparse.Namespace) -> int:
     return 0
 
 
+def _share(options: argparse.Namespace) -> int:
+    from vision3dgen import pretrained
+
+    print(pretrained.save_pretrained(options.run_folder, options.folder, title=options.title, license=options.license))
+    if options.push:
+        print(pretrained.push_to_hub(options.folder, options.push))
+    return 0
+
+
 def _sweep(options: argparse.Namespace) -> int:
     from vision3dgen.sweep import Source, Sweep
 
@@ -396,6 +448,13 @@ def _sweep(options: argparse.Namespace) -> int:
     if waiting:
         print(f"{waiting} trials have not run: the same command goes on with them")
     return 1 if waiting or any(trial.status == "failed" for trial in trials) else 0
+
+
+def _completion(options: argparse.Namespace) -> int:
+    from vision3dgen.completion import script
+
+    print(script(_parser(), options.shell), end="")
+    return 0
 
 
 if __name__ == "__main__":

@@ -36,10 +36,18 @@ def map_in_order(
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
+    yield from tracked(_in_order(function, jobs, min(workers, len(jobs))), title=title, total=len(jobs))
+
+
+def tracked(things: Iterable[_Result], *, title: str, total: int | None = None) -> Iterator[_Result]:
+    """The things, one by one, with a bar and the time that is left on a terminal's standard error, and nothing else.
+
+    total: how many there are, for things that have no length.
+    """
     console = Console(stderr=True)
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), "ETA", TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        yield from progress.track(_in_order(function, jobs, min(workers, len(jobs))), total=len(jobs))
+        yield from progress.track(things, total=total, description=title)
 
 
 def _in_order(function: Callable[[_Job], _Result], jobs: Sequence[_Job], workers: int) -> Iterator[_Result]:
