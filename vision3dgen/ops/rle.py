@@ -202,7 +202,9 @@ def _polygon(coordinates: Sequence[float], size: tuple[int, int]) -> Rle:
     height, width = size
     flat = np.asarray(coordinates, dtype=np.float64)
     if flat.ndim != 1 or len(flat) % 2 or len(flat) < 6 or not np.isfinite(flat).all():
-        raise ValueError(f"a polygon must be x and y of at least 3 points, got {len(flat)} numbers: {flat[:8].tolist()}")
+        raise ValueError(
+            f"a polygon must be x and y of at least 3 points, got {len(flat)} numbers: {flat[:8].tolist()}"
+        )
     corners = np.trunc(POLYGON_STEPS * flat.reshape(-1, 2) + 0.5).astype(np.int64)
     along, down = _outline(corners, np.roll(corners, -1, axis=0))
     crossed = np.flatnonzero(along[1:] != along[:-1])
