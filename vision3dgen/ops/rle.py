@@ -1,8 +1,8 @@
 """Masks as run lengths: small, exact, and compared without being drawn.
 
 An `Rle` counts the pixels of alternating runs, outside first, going down the columns from left to right: pixel (row,
-column) of a picture of height H has the place column * H + row. So [2, 1, H * W - 3] is the one pixel in row 2 of column
-0. It is what COCO stores; `io/coco.py` reads and writes its files.
+column) of a picture of height H has the place column * H + row. So [2, 1, H * W - 3] is the one pixel in row 2 of
+column 0. It is what COCO stores; `io/coco.py` reads and writes its files.
 """
 
 from collections.abc import Sequence
