@@ -6,6 +6,8 @@ from vision3dgen.metrics.depth import DepthEvaluator as DepthEvaluator
 from vision3dgen.metrics.depth import DepthProtocol as DepthProtocol
 from vision3dgen.metrics.depth import align_depth as align_depth
 from vision3dgen.metrics.depth import depth_errors as depth_errors
+from vision3dgen.metrics.detection_protocols import DETECTION_PROTOCOLS as DETECTION_PROTOCOLS
+from vision3dgen.metrics.detection_protocols import DetectionProtocol as DetectionProtocol
 from vision3dgen.metrics.evaluation import evaluate as evaluate
 from vision3dgen.metrics.evaluation import evaluate_distributed as evaluate_distributed
 from vision3dgen.metrics.evaluation import read_results as read_results
@@ -53,6 +55,11 @@ from vision3dgen.metrics.normals import NormalErrors as NormalErrors
 from vision3dgen.metrics.normals import NormalsEvaluator as NormalsEvaluator
 from vision3dgen.metrics.normals import angles_between as angles_between
 from vision3dgen.metrics.normals import normal_errors as normal_errors
+from vision3dgen.metrics.overlap import ImageRecord as ImageRecord
+from vision3dgen.metrics.overlap import Truths as Truths
+from vision3dgen.metrics.overlap import record_of as record_of
+from vision3dgen.metrics.precision import AveragePrecision as AveragePrecision
+from vision3dgen.metrics.precision import average_precision as average_precision
 from vision3dgen.metrics.prediction import Prediction as Prediction
 from vision3dgen.metrics.protocols import PROTOCOLS as PROTOCOLS
 from vision3dgen.metrics.protocols import Protocol as Protocol
