@@ -183,7 +183,7 @@ class Rival:
 def write(out: Path, rows: list[Row]) -> None:
     """table.md for people, detection_metrics.jsonl for programs."""
     lines = [
-        "| overlap of | images x detections | vision3dgen, s | pycocotools, s | of it encoding | ratio | AP | difference |",
+        "| overlap of | images x detections | ours, s | pycocotools, s | of it encoding | ratio | AP | difference |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     lines += [

@@ -28,7 +28,8 @@ def random_image(
     truths = {"crowd": crowd, "ignored": (rng.random(count) < 0.15) & ~crowd}
     # Detections: truths moved a little, some twice, and others anywhere
     picked = rng.integers(0, count, rng.integers(0, most + 1)) if count else np.zeros(0, int)
-    moved = boxes[picked] + rng.integers(-3, 4, (len(picked), 4))
+    reach = np.maximum(boxes[picked, 2:] - boxes[picked, :2], 3) / 4
+    moved = boxes[picked] + np.rint(rng.uniform(-1, 1, (len(picked), 4)) * np.tile(reach, 2) * rng.random())
     free = rng.integers(0, side, (int(rng.integers(0, most // 3 + 1)), 4))
     found = np.concatenate([moved, np.concatenate([free[:, :2], free[:, :2] + 1 + free[:, 2:]], 1)])
     found = found.clip(0, side)

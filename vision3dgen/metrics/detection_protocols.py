@@ -73,7 +73,7 @@ class DetectionProtocol:
         it overlaps most, and is wrong when that is taken.
     recalls: at how many recalls, evenly from 0 to 1, the precision is averaged; None: the area under the curve.
     areas: the ranges of size, the first one of the headline.
-    max_detections: how many detections of a class count in an image, ascending, the last one of the headline; None: all.
+    max_detections: how many detections of a class count in an image, ascending, the last for the headline; None: all.
     by_class: whether classes are told apart; else everything is one class.
     gate: box overlap above which a detection and a truth may be compared at all, and below which with all truths a
         detection counts for nothing; None: no gate.

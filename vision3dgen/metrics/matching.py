@@ -4,6 +4,7 @@ The rules are sequential: a detection's choice depends on what those before it t
 class, so step r lets the r-th detection of every image and class choose, in all of them together.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -41,7 +42,7 @@ def match(records: Sequence[ImageRecord], protocol: DetectionProtocol) -> Matche
     and no division of the images moves a number.
     """
     records = sorted(records, key=lambda record: record.id)
-    for one, next_ in zip(records, records[1:]):
+    for one, next_ in itertools.pairwise(records):
         if one.id == next_.id:
             raise ValueError(f"image {one.id!r} comes twice: every image must be scored once")
     image = np.repeat(np.arange(len(records)), [len(record.scores) for record in records])
