@@ -82,12 +82,12 @@ class COCODetection(Photographs):
             found, own = _objects(rows.get(image.id, []), image, every, names, masks)
             objects.append(found)
             faults += own
-        self.problems = settle([*problems, *more, *faults], on_error, self.path)
+        problems = settle([*problems, *more, *faults], on_error, self.path)
         self._images, self._objects = images, objects
         if not images:
             raise FileError(f"{self.path}: split {split!r} has no images")
         super().__init__([f"{part}{year}/{Path(image.file).stem}" for image in images], names, max_side)
-        self.problems = [*problems, *more, *faults]
+        self.problems = problems
 
     def _picture(self, index: int) -> Path:
         return safe_join(self.folder, self._images[index].file)
@@ -256,9 +256,9 @@ def _disagreement(rle: Rle, box: np.ndarray) -> str:
 
 
 class COCOPanoptic(Photographs):
-    """Images divided into things and stuff: annotations/panoptic_PARTYEAR.json, a folder of that name with PNGs, PARTYEAR.
+    """Images divided into things and stuff: annotations/panoptic_PARTYEAR.json, the folder of that name, and PARTYEAR.
 
-    A pixel of a PNG is the number of its segment, R + 256 G + 65536 B; 0 is none. One numbering of classes holds in
+    The folder holds a PNG for each image: a pixel is the number of its segment, R + 256 G + 65536 B; 0 is none. One numbering of classes holds in
     `labels`, `segment_labels` and `semantic`: things 1 to `things`, then stuff, each in the order of the ids. Items
     have boxes, labels, masks, crowd and areas of the things, `semantic`, and
 

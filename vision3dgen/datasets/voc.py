@@ -25,8 +25,8 @@ from vision3dgen.files import FileError, safe_join
 from vision3dgen.io import read_index_png
 
 VOC_CATEGORIES = (
-    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
-    "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 PARTS = ("train", "val", "trainval", "test")
 
@@ -206,10 +206,13 @@ class VOCSegmentation(Photographs):
         names = _listed(self.root / "ImageSets" / "Segmentation", split, part, fractions, seed)
         problems, self._names = [], []
         for name in names:
-            files = [safe_join(self.root, f"{folder}/{name}") for folder in ("JPEGImages", "SegmentationClass")]
-            absent = [path for path, end in zip(files, (".jpg", ".png")) if not path.with_name(name + end).is_file()]
+            files = [
+                safe_join(self.root, f"JPEGImages/{name}.jpg"),
+                safe_join(self.root, f"SegmentationClass/{name}.png"),
+            ]
+            absent = [path for path in files if not path.is_file()]
             if absent:
-                problems.append(Problem(f"image {name}", str(absent[0]), f"{absent[0]}.* does not exist", True))
+                problems.append(Problem(f"image {name}", str(absent[0]), f"{absent[0]} does not exist", True))
             else:
                 self._names.append(name)
         settle(problems, on_error, self.root)
