@@ -344,7 +344,7 @@ def test_faults_of_voc_are_named(tmp_path: Path):
     with pytest.raises(FileError, match="'000005' is listed twice"):
         VOCDetection(tmp_path, "train")
     (tmp_path / "ImageSets/Main/train.txt").write_text("../000005\n")
-    with pytest.raises(FileError, match="'../000005'|must not contain"):
+    with pytest.raises(FileError, match=r"must not contain '\.\.'"):
         VOCDetection(tmp_path, "train")
     with pytest.raises(FileNotFoundError, match="no Annotations in it"):
         VOCDetection(tmp_path / "JPEGImages", "train")

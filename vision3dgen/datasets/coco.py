@@ -258,9 +258,9 @@ def _disagreement(rle: Rle, box: np.ndarray) -> str:
 class COCOPanoptic(Photographs):
     """Images divided into things and stuff: annotations/panoptic_PARTYEAR.json, the folder of that name, and PARTYEAR.
 
-    The folder holds a PNG for each image: a pixel is the number of its segment, R + 256 G + 65536 B; 0 is none. One numbering of classes holds in
-    `labels`, `segment_labels` and `semantic`: things 1 to `things`, then stuff, each in the order of the ids. Items
-    have boxes, labels, masks, crowd and areas of the things, `semantic`, and
+    The folder of that name holds a PNG for each image: a pixel is the number of its segment, R + 256 G + 65536 B; 0 is
+    none. One numbering of classes holds in `labels`, `segment_labels` and `semantic`: things 1 to `things`, then stuff,
+    each in the order of the ids. Items have boxes, labels, masks, crowd and areas of the things, `semantic`, and
 
         panoptic (H, W)   number of the segment, from 1, things first in the order of the boxes; 0 is none
         segment_labels (S,), segment_crowd (S,)   of segment 1, 2, ...
