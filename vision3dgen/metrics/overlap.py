@@ -11,7 +11,7 @@ from torch import Tensor
 from vision3dgen.metrics.detection_protocols import DetectionProtocol, MaskIoU, MeshF1
 from vision3dgen.metrics.shape import f_score, generator, shape_problem, surface_distances
 from vision3dgen.ops import sample_points_from_meshes
-from vision3dgen.ops.rle import Rle, encode_rle, rle_areas, rle_boxes, rle_intersections, share_of_union
+from vision3dgen.ops.rle import mask_runs, run_areas, share_of_union, shared_pixels
 from vision3dgen.structures import Detections, Meshes
 
 ALL_ONE = 1  # the class of everything where classes are not told apart
@@ -87,14 +87,20 @@ def record_of(
         counted = near.any(1)
         same &= near
     if isinstance(protocol.overlap, MaskIoU):
-        rles = _rles("detections", detections.masks)
-        true_rles = _rles("truths", truths.masks)
-        sizes = {rle.size for rle in (*rles, *true_rles)}
-        if len(sizes) > 1:
-            raise ValueError(f"masks of detections and truths must be of the image's size, got {sorted(sizes)}")
-        rles = [rles[index] for index in order]
-        areas, true_areas = rle_areas(rles).astype(float), rle_areas(true_rles).astype(float)
-        overlaps = _mask_overlaps(rles, true_rles, areas, true_areas, true.crowd, same)
+        masks = _masks("detections", detections.masks)
+        true_masks = _masks("truths", truths.masks)
+        if masks.shape[1:] != true_masks.shape[1:] and len(masks) and len(true_masks):
+            sizes = tuple(masks.shape[1:]), tuple(true_masks.shape[1:])
+            raise ValueError(
+                f"masks of detections and truths must be of the image's size, got {sizes[0]} and {sizes[1]}"
+            )
+        runs, true_runs = mask_runs(masks[torch.from_numpy(order)]), mask_runs(true_masks)
+        areas, true_areas = (
+            run_areas(one, len(of)).astype(float) for one, of in ((runs, masks), (true_runs, true_masks))
+        )
+        height, width = masks.shape[1:] if len(masks) else true_masks.shape[1:]
+        shared = shared_pixels(runs, true_runs, same, height * width, width).astype(float)
+        overlaps = share_of_union(shared, areas, true_areas, true.crowd)
     elif isinstance(protocol.overlap, MeshF1):
         overlaps = _mesh_overlaps(detections.meshes, truths.meshes, order, same, protocol.overlap, id, seed)
     else:
@@ -195,23 +201,10 @@ def box_iou(
     return share_of_union(shared, box_areas(first), box_areas(second), crowd)
 
 
-def _rles(name: str, masks: Tensor | None) -> list[Rle]:
+def _masks(name: str, masks: Tensor | None) -> Tensor:
     if masks is None:
         raise ValueError(f"the protocol compares masks, the {name} have none")
-    return encode_rle(masks.bool())
-
-
-def _mask_overlaps(
-    found: list[Rle], true: list[Rle], areas: np.ndarray, true_areas: np.ndarray, crowd: np.ndarray, wanted: np.ndarray
-) -> np.ndarray:
-    """IoU of the wanted pairs, 0 elsewhere."""
-    one, other = rle_boxes(found), rle_boxes(true)
-    low = np.maximum(one[:, None, :2], other[None, :, :2])
-    high = np.minimum(one[:, None, 2:], other[None, :, 2:])
-    pairs = np.argwhere(wanted & (high > low).all(-1))
-    shared = np.zeros(wanted.shape)
-    shared[pairs[:, 0], pairs[:, 1]] = rle_intersections(found, true, pairs)
-    return share_of_union(shared, areas, true_areas, crowd)
+    return masks.cpu().bool()
 
 
 def _mesh_overlaps(

@@ -92,49 +92,78 @@ def runs_of(rles: Sequence[Rle]) -> Runs:
     return Runs((ends - counts)[inside], ends[inside], owners[inside])
 
 
+def mask_runs(masks: Bool[Tensor, "N H W"]) -> Runs:
+    """The runs inside masks, row after row (an `Rle`'s go down the columns), which is enough to compare masks with."""
+    flat = np.ascontiguousarray(masks.cpu().numpy()).reshape(len(masks), masks.shape[1] * masks.shape[2])
+    if not flat.size:
+        none = np.zeros(0, dtype=np.int64)
+        return Runs(none, none, none)
+    changed = np.zeros((len(flat), flat.shape[1] + 1), dtype=bool)  # outside lies before and after each mask
+    np.not_equal(flat[:, 1:], flat[:, :-1], out=changed[:, 1:-1])
+    changed[:, 0], changed[:, -1] = flat[:, 0], flat[:, -1]
+    places = np.flatnonzero(changed)
+    owners = places[::2] // changed.shape[1]
+    return Runs(places[::2] - owners * changed.shape[1], places[1::2] - owners * changed.shape[1], owners)
+
+
+def run_areas(runs: Runs, count: int) -> Int64[np.ndarray, " N"]:
+    """How many pixels are inside each of `count` masks."""
+    return np.bincount(runs.owners, weights=runs.ends - runs.starts, minlength=count).astype(np.int64)
+
+
+def run_extents(runs: Runs, count: int, line: int | Int64[np.ndarray, " R"]) -> Float64[np.ndarray, "N 4"]:
+    """The first line, the first place in a line, the last line and place (one more each) of `count` masks; else zeros.
+
+    line: places to a line: the height where runs go down columns, the width where they go along rows.
+    """
+    extents = np.zeros((count, 4))
+    starts, ends, owners = runs
+    if not len(starts):
+        return extents
+    first, last = starts // line, (ends - 1) // line
+    whole = last > first  # a run over the end of a line reaches the start of the next one
+    low = np.where(whole, 0, starts % line)
+    high = np.where(whole, line, (ends - 1) % line + 1)
+    some, place = np.unique(owners, return_index=True)
+    extents[some, 0], extents[some, 1] = (np.minimum.reduceat(sides, place) for sides in (first, low))
+    extents[some, 2], extents[some, 3] = (np.maximum.reduceat(sides, place) for sides in (last + 1, high))
+    return extents
+
+
 def rle_areas(rles: Sequence[Rle]) -> Int64[np.ndarray, " N"]:
     """How many pixels are inside each."""
-    starts, ends, owners = runs_of(rles)
-    return np.bincount(owners, weights=ends - starts, minlength=len(rles)).astype(np.int64)
+    return run_areas(runs_of(rles), len(rles))
 
 
 def rle_boxes(rles: Sequence[Rle]) -> Float64[np.ndarray, "N 4"]:
     """The tightest boxes (xyxy, pixel edges) around the masks; zeros for an empty mask."""
-    boxes = np.zeros((len(rles), 4))
-    starts, ends, owners = runs_of(rles)
-    if not len(starts):
-        return boxes
-    heights = np.array([rle.size[0] for rle in rles])[owners]
-    left, right = starts // heights, (ends - 1) // heights
-    whole = right > left  # a run over the foot of a column reaches the top of the next one
-    top = np.where(whole, 0, starts % heights)
-    bottom = np.where(whole, heights, (ends - 1) % heights + 1)
-    some, first = np.unique(owners, return_index=True)
-    boxes[some, 0], boxes[some, 1] = (np.minimum.reduceat(sides, first) for sides in (left, top))
-    boxes[some, 2], boxes[some, 3] = (np.maximum.reduceat(sides, first) for sides in (right + 1, bottom))
-    return boxes
+    runs = runs_of(rles)
+    heights = np.array([rle.size[0] for rle in rles], dtype=np.int64)[runs.owners]
+    return run_extents(runs, len(rles), heights)
 
 
-def rle_intersections(
-    first: Sequence[Rle], second: Sequence[Rle], pairs: Int64[np.ndarray, "P 2"]
-) -> Int64[np.ndarray, " P"]:
-    """How many pixels the masks first[i] and second[j] share, for each pair (i, j).
+def shared_pixels(
+    one: Runs, other: Runs, wanted: Bool[np.ndarray, "N M"], pixels: int, line: int
+) -> Int64[np.ndarray, "N M"]:
+    """How many pixels masks share, of the wanted pairs, 0 elsewhere; all have so many pixels, and places to a line.
 
-    With B(x) the number of pixels of `second[j]` before place x, a run from s to e shares B(e) - B(s) with it.
+    With B(x) the number of pixels of the second mask before place x, a run from s to e shares B(e) - B(s) with it.
     """
+    shared = np.zeros(wanted.shape, dtype=np.int64)
+    mine, others = run_extents(one, len(wanted), line), run_extents(other, wanted.shape[1], line)
+    low = np.maximum(mine[:, None, :2], others[None, :, :2])
+    high = np.minimum(mine[:, None, 2:], others[None, :, 2:])
+    pairs = np.argwhere(wanted & (high > low).all(-1))
     if not len(pairs):
-        return np.zeros(0, dtype=np.int64)
-    one, other = runs_of(first), runs_of(second)
-    span = max(rle.size[0] * rle.size[1] for rle in (*first, *second)) + 1  # one line of places for all masks
+        return shared
+    span = pixels + 1  # one line of places for all masks
     starts, lengths = other.starts + other.owners * span, other.ends - other.starts
     before = np.append(0, lengths.cumsum())
-    counts = np.bincount(one.owners, minlength=len(first))
+    counts = np.bincount(one.owners, minlength=len(wanted))
     first_run = counts.cumsum() - counts
 
     sizes = counts[pairs[:, 0]]
     stops = sizes.cumsum()
-    if not len(starts) or not stops[-1]:
-        return np.zeros(len(pairs), dtype=np.int64)
     within = np.arange(stops[-1]) - np.repeat(stops - sizes, sizes)
     run = np.repeat(first_run[pairs[:, 0]], sizes) + within
     shift = np.repeat(pairs[:, 1] * span, sizes)
@@ -144,9 +173,9 @@ def rle_intersections(
         last = np.maximum(index - 1, 0)
         return np.where(index > 0, before[last] + np.minimum(place - starts[last], lengths[last]), 0)
 
-    shared = pixels_before(one.ends[run] + shift) - pixels_before(one.starts[run] + shift)
-    total = np.append(0, shared.cumsum())
-    return total[stops] - total[stops - sizes]
+    found = pixels_before(one.ends[run] + shift) - pixels_before(one.starts[run] + shift)
+    shared[pairs[:, 0], pairs[:, 1]] = np.add.reduceat(found, stops - sizes)
+    return shared
 
 
 def rle_iou(
@@ -159,13 +188,12 @@ def rle_iou(
     sizes = {tuple(rle.size) for rle in (*first, *second)}
     if len(sizes) > 1:
         raise ValueError(f"masks must have one size, got {sorted(sizes)}")
-    one, other = rle_boxes(first), rle_boxes(second)
-    low = np.maximum(one[:, None, :2], other[None, :, :2])
-    high = np.minimum(one[:, None, 2:], other[None, :, 2:])
-    pairs = np.argwhere((high > low).all(-1))
-    shared = np.zeros((len(first), len(second)))
-    shared[pairs[:, 0], pairs[:, 1]] = rle_intersections(first, second, pairs)
-    return share_of_union(shared, rle_areas(first).astype(float), rle_areas(second).astype(float), crowd)
+    one, other = runs_of(first), runs_of(second)
+    height, width = next(iter(sizes), (0, 0))
+    every = np.ones((len(first), len(second)), dtype=bool)
+    shared = shared_pixels(one, other, every, height * width, height).astype(float)
+    areas = run_areas(one, len(first)).astype(float), run_areas(other, len(second)).astype(float)
+    return share_of_union(shared, *areas, crowd)
 
 
 def share_of_union(
