@@ -430,7 +430,9 @@ def test_furniture_is_seen_where_it_is_in_the_photograph(tmp_path: Path):
     batch = collate([data[0], data[0] | {"id": "b"}])
     assert len(batch["mesh"]) == 2
     reduced = Pix3D(tmp_path, "all", max_side=40)[0]
-    torch.testing.assert_close(reduced["camera"].project(reduced["mesh"].verts_packed()).pixels, seen.pixels / 2)
+    torch.testing.assert_close(
+        reduced["camera"].project(reduced["mesh"].verts_packed()).pixels, seen.pixels / 2, atol=1e-3, rtol=0
+    )
 
 
 def test_faults_of_furniture_are_named(tmp_path: Path):

@@ -43,7 +43,6 @@ class _Image(NamedTuple):
 class _Objects(NamedTuple):
     """Of one image, a row each."""
 
-    annotations: list[str]  # what they are called in messages
     boxes: np.ndarray
     labels: np.ndarray
     crowd: np.ndarray
@@ -76,8 +75,9 @@ class COCODetection(Photographs):
         names = _kept(every.names, keep)
         images, problems = _images(self.path, content["images"], self.folder)
         images = [images[place] for place in chosen(len(images))]
-        rows, more = _by_image(content["annotations"], images, {image.id for image in images}, content["images"])
-        objects, faults = [], []
+        rows, more = _by_image(content["annotations"], {image.id for image in images}, content["images"])
+        objects: list[_Objects] = []
+        faults: list[Problem] = []
         for image in images:
             found, own = _objects(rows.get(image.id, []), image, every, names, masks)
             objects.append(found)
@@ -166,12 +166,13 @@ def _images(path: Path, entries: list[Any], folder: Path) -> tuple[list[_Image],
 
 
 def _by_image(
-    annotations: list[Any], images: Sequence[_Image], chosen: set[int], entries: list[Any]
+    annotations: list[Any], chosen: set[int], entries: list[Any]
 ) -> tuple[dict[int, list[Any]], list[Problem]]:
     """Annotations by image; of those whose image the file does not have, and of ids that come twice, problems."""
     known = {entry["id"] for entry in entries}
     rows: dict[int, list[Any]] = {}
-    problems, seen = [], set()
+    problems: list[Problem] = []
+    seen: set[Any] = set()
     for place, annotation in enumerate(annotations):
         if not isinstance(annotation, dict) or "image_id" not in annotation:
             problems.append(Problem(f"annotation at {place}", "", "it has no image_id", True))
@@ -196,7 +197,7 @@ def _objects(
 ) -> tuple[_Objects, list[Problem]]:
     """The sound annotations of an image, and what is wrong with the others."""
     problems: list[Problem] = []
-    kept: list[tuple[str, np.ndarray, int, bool, float, Rle | None]] = []
+    kept: list[tuple[np.ndarray, int, bool, float, Rle | None]] = []
 
     def wrong(name: str, reason: str) -> None:
         problems.append(Problem(f"image {image.id} ({image.file}), {name}", image.file, reason, True))
@@ -231,16 +232,15 @@ def _objects(
                 wrong(name, fault)
                 continue
         area = float(annotation.get("area", width * height))
-        kept.append((name, box, names.index(title) + 1, bool(annotation.get("iscrowd", 0)), area, rle))
-    boxes = np.array([each[1] for each in kept]).reshape(-1, 4)
+        kept.append((box, names.index(title) + 1, bool(annotation.get("iscrowd", 0)), area, rle))
+    boxes = np.array([each[0] for each in kept]).reshape(-1, 4)
     return (
         _Objects(
-            [each[0] for each in kept],
             clipped(boxes, image.size),
-            np.array([each[2] for each in kept], dtype=np.int64),
-            np.array([each[3] for each in kept], dtype=bool),
-            np.array([each[4] for each in kept], dtype=np.float64),
-            [each[5] for each in kept if each[5] is not None],
+            np.array([each[1] for each in kept], dtype=np.int64),
+            np.array([each[2] for each in kept], dtype=bool),
+            np.array([each[3] for each in kept], dtype=np.float64),
+            [each[4] for each in kept if each[4] is not None],
         ),
         problems,
     )
@@ -285,7 +285,7 @@ class COCOPanoptic(Photographs):
         images, problems = _images(self.path, content["images"], self.folder)
         images = [images[place] for place in chosen(len(images))]
         wanted = {image.id for image in images}
-        rows, more = _by_image(content["annotations"], images, wanted, content["images"])
+        rows, more = _by_image(content["annotations"], wanted, content["images"])
         self._images: list[_Image] = []
         self._segments: list[dict[int, dict[str, Any]]] = []
         self._files: list[str] = []

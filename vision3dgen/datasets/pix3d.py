@@ -60,7 +60,9 @@ class Pix3D(Photographs):
         if not isinstance(entries, list):
             raise FileError(f"{self.path}: must be a list, got {type(entries).__name__}")
         self.masks, self.voxels = masks, voxels
-        sound, problems, seen = [], [], set()
+        sound: list[dict[str, Any]] = []
+        problems: list[Problem] = []
+        seen: set[str] = set()
         for place, entry in enumerate(entries):
             name = entry.get("img", f"entry {place}") if isinstance(entry, dict) else f"entry {place}"
             reason = _entry_fault(entry, self.root, voxels)

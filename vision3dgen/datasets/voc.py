@@ -204,7 +204,8 @@ class VOCSegmentation(Photographs):
     ):  # fmt: skip
         self.root = _year_folder(Path(root), year, "SegmentationClass")
         names = _listed(self.root / "ImageSets" / "Segmentation", split, part, fractions, seed)
-        problems, self._names = [], []
+        problems: list[Problem] = []
+        self._names: list[str] = []
         for name in names:
             files = [
                 safe_join(self.root, f"JPEGImages/{name}.jpg"),

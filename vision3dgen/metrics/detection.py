@@ -148,7 +148,7 @@ def summarize_detections(
         raise ValueError("there is nothing to evaluate: no image was given")
     result = average_precision(records, protocol)
     names = [class_name(label, classes, first=1) if protocol.by_class else "all" for label in result.labels.tolist()]
-    columns = {"AP": slice(None)}
+    columns: dict[str, Any] = {"AP": slice(None)}
     if 0.5 in protocol.thresholds:
         half = protocol.thresholds.index(0.5)
         columns["AP50"] = slice(half, half + 1)
