@@ -347,8 +347,8 @@ def test_mesh_truths_are_those_of_the_image(tmp_path):
     items = []
     for index, count in enumerate((2, 0, 1)):
         boxes = torch.tensor([[20.0 * k, 0, 20 * k + 10, 10] for k in range(count)]).view(-1, 4)
-        spheres = [sphere(0.1 * k, 4.0 + index) for k in range(count)]
-        mesh = Meshes([m.verts_packed() for m in spheres], [m.faces_packed() for m in spheres])
+        spheres = [sphere(0.1 * k, 4.0 + index) for k in range(max(count, 1))]
+        mesh = Meshes([m.verts_packed() for m in spheres], [m.faces_packed() for m in spheres])[torch.arange(count)]
         items.append({"boxes": boxes, "labels": torch.ones(count, dtype=torch.int64), "mesh": mesh, "id": str(index)})
     batch = collate([{"image": torch.zeros(3, 4, 4), **item} for item in items])
 

@@ -133,10 +133,7 @@ def _members(batch: Batch, index: int) -> Meshes:
     if len(batch["mesh"]) != sum(counts):
         raise ValueError(f"a batch with {sum(counts)} boxes must have as many meshes, got {len(batch['mesh'])}")
     start = sum(counts[:index])
-    chosen = range(start, start + counts[index])
-    if not chosen:
-        return Meshes([], [])
-    return batch["mesh"][torch.arange(chosen.start, chosen.stop)]
+    return batch["mesh"][torch.arange(start, start + counts[index])]
 
 
 def summarize_detections(

@@ -113,7 +113,7 @@ def _write(
 
 
 def detection_gallery(
-    images: Sequence[Float[Tensor, "3 H W"]],
+    images: Sequence[Tensor],
     truths: Sequence[Detections],
     predictions: Mapping[str, Sequence[Detections]],
     path: PathLike | None = None,
@@ -123,7 +123,7 @@ def detection_gallery(
     by: Literal["class", "object"] = "class",
     cameras: Sequence[Camera] | None = None,
 ) -> np.ndarray:
-    """A row for each image: the truth, then what each detector found with a score of at least `threshold`.
+    """A row for each image (3, H, W): the truth, then what each detector found with a score of at least `threshold`.
 
     truths: as detections, whose scores are not looked at. Writes the sheet to `path` as PNG if one is given.
     """
