@@ -652,6 +652,8 @@ def _turned(meshes: Meshes, counts: Sequence[int], rotation: Float[Tensor, "B 3 
     """The meshes of the objects of each image, turned about its camera; mirrored ones keep their outside outside."""
     if len(meshes) != sum(counts):
         raise ValueError(f"a batch with {sum(counts)} boxes must have as many meshes, got {len(meshes)}")
+    if not len(meshes):
+        return meshes
     verts, faces = [], []
     owners = [image for image, count in enumerate(counts) for _ in range(count)]
     for owner, v, f in zip(owners, meshes.verts_list(), meshes.faces_list()):
