@@ -339,7 +339,7 @@ class COCOPanoptic(Photographs):
         masks = panoptic[None] == np.arange(1, count + 1)[:, None, None]
         boxes = np.array([segments[number]["box"] for number in ids[:count]]).reshape(-1, 4)
         for fault in mask_faults(masks, boxes):
-            raise FileError(f"{path}: segment {ids[fault.index]}: {fault.reason}")
+            raise FileError(f"{path}: segment {ids[fault.row]}: {fault.reason}")
         around = [mask_box(mask) for mask in masks]
         tight = np.array([box for box in around if box is not None]).reshape(-1, 4)
         target = _tensors(tight, labels[:count], crowd[:count], masks.sum((1, 2)).astype(np.float64))

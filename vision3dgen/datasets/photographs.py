@@ -128,7 +128,7 @@ def nearest(maps: Shaped[Tensor, "*N H W"], size: tuple[int, int]) -> Shaped[Ten
 class Fault(NamedTuple):
     """What is wrong with an object, by its place among those of its image."""
 
-    index: int
+    row: int
     reason: str
 
 
@@ -154,7 +154,7 @@ def _bad(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     low, high = boxes[:, :2], boxes[:, 2:]
     limit = np.array(size[::-1])
     fine = (high > low) & (low >= -EDGE) & (high <= limit + EDGE) & (high > 0) & (low < limit)  # False for NaN
-    return ~fine.all(1)
+    return np.asarray(~fine.all(1))
 
 
 def clipped(boxes: Float[np.ndarray, "N 4"], size: tuple[int, int]) -> Float[np.ndarray, "N 4"]:

@@ -92,7 +92,7 @@ class VOCDetection(Photographs):
         name = self._names[index]
         objects = self._objects[name]
         for fault in box_faults(objects.boxes, size):  # of a file that does not say how large the picture is
-            raise FileError(f"{self.root / 'Annotations' / name}.xml: object {fault.index + 1}: {fault.reason}")
+            raise FileError(f"{self.root / 'Annotations' / name}.xml: object {fault.row + 1}: {fault.reason}")
         labels = [self.categories.index(each) + 1 for each in objects.names]
         return {
             "boxes": torch.from_numpy(clipped(objects.boxes, size)).float(),
@@ -122,7 +122,7 @@ def _sound(
     reasons: dict[int, str] = {}
     size = annotation.size or (1 << 30, 1 << 30)
     for fault in box_faults(annotation.boxes, size):
-        reasons[fault.index] = fault.reason
+        reasons[fault.row] = fault.reason
     for index, title in enumerate(annotation.names):
         if title not in VOC_CATEGORIES:
             reasons[index] = f"category {title!r} is unknown; VOC has {VOC_CATEGORIES}"

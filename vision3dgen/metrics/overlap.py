@@ -81,10 +81,10 @@ def record_of(
         labels, true_labels = np.full_like(labels, ALL_ONE), np.full_like(true_labels, ALL_ONE)
     areas, true_areas = box_areas(boxes), box_areas(true_boxes)
     same = labels[:, None] == true_labels[None]
-    counted = np.ones(len(labels), dtype=bool)
+    counted: np.ndarray = np.ones(len(labels), dtype=bool)
     if protocol.gate is not None:
         near = box_iou(boxes, true_boxes, true.crowd) > protocol.gate
-        counted = near.any(1)
+        counted = np.asarray(near.any(1))
         same &= near
     if isinstance(protocol.overlap, MaskIoU):
         masks = _masks("detections", detections.masks)
