@@ -15,7 +15,17 @@ from vision3dgen.structures import (
 )
 
 # What an image has any number of: as many rows as objects.
-RAGGED = ("boxes", "boxes_visible", "crowd", "difficult", "keypoints", "keypoints_visible", "labels", "masks")
+RAGGED = (
+    "boxes",
+    "boxes_visible",
+    "crowd",
+    "difficult",
+    "keypoints",
+    "keypoints_visible",
+    "labels",
+    "masks",
+    "proposals",
+)
 
 
 def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -31,9 +31,6 @@ from vision3dgen.ops.meshes import sample_surface as sample_surface
 from vision3dgen.ops.meshes import taubin_smoothing as taubin_smoothing
 from vision3dgen.ops.meshes import torus as torus
 from vision3dgen.ops.meshes import vert_align as vert_align
-from vision3dgen.ops.nms import batched_nms as batched_nms
-from vision3dgen.ops.nms import nms as nms
-from vision3dgen.ops.nms import soft_nms as soft_nms
 from vision3dgen.ops.planes import FeatureLayout as FeatureLayout
 from vision3dgen.ops.points import ball_query as ball_query
 from vision3dgen.ops.points import corresponding_points_alignment as corresponding_points_alignment
@@ -56,6 +53,9 @@ from vision3dgen.ops.rois import paste_binary_masks as paste_binary_masks
 from vision3dgen.ops.rois import paste_masks as paste_masks
 from vision3dgen.ops.rois import roi_align as roi_align
 from vision3dgen.ops.rois import roi_pool as roi_pool
+from vision3dgen.ops.suppression import batched_nms as batched_nms
+from vision3dgen.ops.suppression import nms as nms
+from vision3dgen.ops.suppression import soft_nms as soft_nms
 from vision3dgen.ops.surface import Extraction as Extraction
 from vision3dgen.ops.surface import extract_surface as extract_surface
 from vision3dgen.ops.surface import isosurface as isosurface
