@@ -29,6 +29,8 @@ from vision3dgen.datasets.mixing import Mixed as Mixed
 from vision3dgen.datasets.mixing import Mixup as Mixup
 from vision3dgen.datasets.mixing import OneOf as OneOf
 from vision3dgen.datasets.objects import SceneObjects as SceneObjects
+from vision3dgen.datasets.pennfudan import PennFudan as PennFudan
+from vision3dgen.datasets.photographs import Photographs as Photographs
 from vision3dgen.datasets.prepare import Prepared as Prepared
 from vision3dgen.datasets.prepare import prepare_meshes as prepare_meshes
 from vision3dgen.datasets.prepare import prepare_procedural as prepare_procedural
@@ -60,6 +62,7 @@ DATASETS: dict[str, Callable[..., Any]] = {
     "nyu_depth": NYUDepth,
     "nyu_depth_scenes": NYUDepthScenes,
     "kitti_depth": KITTIDepth,
+    "penn_fudan": PennFudan,
 }
 PREPARE: dict[str, Callable[..., Any]] = {
     "procedural": prepare_procedural,
