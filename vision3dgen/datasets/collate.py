@@ -16,7 +16,6 @@ from vision3dgen.structures import (
 
 # What an image has any number of: as many rows as objects.
 RAGGED = (
-RAGGED = (
     "areas", "boxes", "boxes_visible", "crowd", "difficult", "keypoints", "keypoints_visible", "labels", "masks",
     "proposals", "segment_crowd", "segment_labels",
 )  # fmt: skip
