@@ -723,3 +723,74 @@ def assign(boxes, objects, positive, negative, nearest):
         )
         assigned.append(own if row and (best >= positive or is_nearest) else -1 if best < negative else -2)
     return assigned
+
+
+def average_precision(images, threshold, recalls):
+    """AP of one class at one threshold by PASCAL VOC's rule, with nothing but loops.
+
+    images: (detections [(score, box)], truths [(box, difficult)]) each. recalls: 11, or None for the area.
+    """
+
+    def iou(a, b):
+        width = min(a[2], b[2]) - max(a[0], b[0])
+        height = min(a[3], b[3]) - max(a[1], b[1])
+        shared = max(width, 0) * max(height, 0)
+        return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
+
+    everything = [(score, box, image) for image, (found, _) in enumerate(images) for score, box in found]
+    objects = sum(not difficult for _, truths in images for _, difficult in truths)
+    taken, curve, tp, fp = set(), [], 0, 0
+    for _, box, image in sorted(everything, key=lambda one: -one[0]):
+        best, which = 0.0, None
+        for number, (truth, _) in enumerate(images[image][1]):
+            if iou(box, truth) > best:
+                best, which = iou(box, truth), number
+        if which is not None and best >= threshold:
+            if images[image][1][which][1]:
+                continue
+            if (image, which) not in taken:
+                taken.add((image, which))
+                tp += 1
+            else:
+                fp += 1
+        else:
+            fp += 1
+        curve.append((tp, tp / objects, tp / (tp + fp)))
+    if recalls is not None:
+        at = [k / (recalls - 1) for k in range(recalls)]
+        return sum(max([p for _, r, p in curve if r >= level], default=0.0) for level in at) / recalls
+    area = 0.0
+    for number in range(1, tp + 1):
+        area += max(p for t, _, p in curve if t >= number) / objects
+    return area
+
+
+def panoptic_matches(found, found_labels, true, true_labels, crowd):
+    """Matches (class, IoU), classes missed and classes wrong of one image, pixel by pixel; 0 is no segment."""
+
+    def pixels(grid, number):
+        return {(i, j) for i, row in enumerate(grid) for j, value in enumerate(row) if value == number}
+
+    void = pixels(true, 0)
+    matched, missed, wrong, used = [], [], [], set()
+    for t, label in enumerate(true_labels, start=1):
+        segment = pixels(true, t)
+        if not segment or crowd[t - 1]:
+            continue
+        for f, found_label in enumerate(found_labels, start=1):
+            other = pixels(found, f)
+            union = (segment | other) - (other & void)
+            if found_label == label and union and len(segment & other) / len(union) > 0.5:
+                matched.append((label, len(segment & other) / len(union)))
+                used.add(f)
+                break
+        else:
+            missed.append(label)
+    for f, label in enumerate(found_labels, start=1):
+        other = pixels(found, f)
+        if not other or f in used:
+            continue
+        crowds = [pixels(true, t) for t, l in enumerate(true_labels, start=1) if l == label and crowd[t - 1]]
+        if len(other & set().union(void, *crowds)) <= len(other) / 2:
+            wrong.append(label)
+    return matched, missed, wrong

@@ -18,7 +18,7 @@ DIVISION = {"train": 45 / 57, "test": 12 / 57}  # nobody published one
 
 
 class PennFudan(Photographs):
-    """Pedestrians with boxes and masks: root holds NAME.png beside NAME_mask.png, or PNGImages and PedMasks as published.
+    """Pedestrians with boxes and masks: root holds NAME.png beside NAME_mask.png, or the published PNGImages, PedMasks.
 
     A mask's pixels are the number of the pedestrian, from 1, and 0 elsewhere. split: "all", or a name of `fractions`,
     by which all are divided at random by `seed`; {train: 45/57, test: 12/57} by default. semantic: items have a

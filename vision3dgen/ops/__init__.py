@@ -49,6 +49,14 @@ from vision3dgen.ops.rasterize import rasterize as rasterize
 from vision3dgen.ops.refine import field_normals as field_normals
 from vision3dgen.ops.refine import refine_surface as refine_surface
 from vision3dgen.ops.refine import simplify_mesh as simplify_mesh
+from vision3dgen.ops.rle import Rle as Rle
+from vision3dgen.ops.rle import decode_rle as decode_rle
+from vision3dgen.ops.rle import encode_rle as encode_rle
+from vision3dgen.ops.rle import merge_rle as merge_rle
+from vision3dgen.ops.rle import polygons_to_rle as polygons_to_rle
+from vision3dgen.ops.rle import rle_areas as rle_areas
+from vision3dgen.ops.rle import rle_boxes as rle_boxes
+from vision3dgen.ops.rle import rle_iou as rle_iou
 from vision3dgen.ops.rois import paste_binary_masks as paste_binary_masks
 from vision3dgen.ops.rois import paste_masks as paste_masks
 from vision3dgen.ops.rois import roi_align as roi_align

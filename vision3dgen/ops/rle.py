@@ -1,8 +1,8 @@
 """Masks as run lengths: small, exact, and compared without being drawn.
 
 An `Rle` counts the pixels of alternating runs, outside first, going down the columns from left to right: pixel (row,
-column) of a picture of height H has the place column * H + row. So [2, 1, H * W - 3] is the one pixel in row 2 of column
-0. It is what COCO stores; `io/coco.py` reads and writes its files.
+column) of a picture of height H has the place column * H + row. So [2, 1, H * W - 3] is the one pixel in row 2 of
+column 0. It is what COCO stores; `io/coco.py` reads and writes its files.
 """
 
 from collections.abc import Sequence
@@ -24,22 +24,26 @@ class Rle(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """The runs of pixels inside a mask, from `starts` to before `ends`, none of them empty."""
+    """The runs of pixels inside several masks, none of them empty, mask after mask."""
 
     starts: Int64[np.ndarray, " R"]
     ends: Int64[np.ndarray, " R"]
+    owners: Int64[np.ndarray, " R"]  # which mask a run belongs to
 
 
 def encode_rle(masks: Bool[Tensor, "N H W"]) -> list[Rle]:
     """The run lengths of each mask."""
-    height, width = masks.shape[1:]
-    return [_from_flat(mask.T.reshape(-1), (height, width)) for mask in masks.cpu().numpy()]
-
-
-def _from_flat(inside: np.ndarray, size: tuple[int, int]) -> Rle:
-    changes = np.flatnonzero(inside[1:] != inside[:-1]) + 1
-    first = [0] if inside[:1].any() else []
-    return _from_changes(np.concatenate([first, changes]).astype(np.int64), size)
+    count, height, width = masks.shape
+    pixels = height * width
+    if not count or not pixels:
+        return [Rle((height, width), np.zeros(0, dtype=np.int64)) for _ in range(count)]
+    flat = np.ascontiguousarray(masks.cpu().numpy().transpose(0, 2, 1)).reshape(count, pixels)
+    changed = flat.copy()  # before each mask lies the outside
+    np.not_equal(flat[:, 1:], flat[:, :-1], out=changed[:, 1:])
+    places = np.flatnonzero(changed)
+    bounds = np.sort(np.concatenate([np.arange(count + 1) * pixels, places]), kind="stable")
+    pieces = 1 + np.bincount(places // pixels, minlength=count)
+    return [Rle((height, width), each) for each in np.split(np.diff(bounds), pieces.cumsum()[:-1])]
 
 
 def _from_changes(places: Int64[np.ndarray, " P"], size: tuple[int, int]) -> Rle:
@@ -75,33 +79,39 @@ def check_rle(rle: Rle, where: str) -> None:
         raise ValueError(f"{where}: the run lengths add up to {total}, {height} x {width} pixels are {height * width}")
 
 
-def runs_of(rle: Rle) -> Runs:
-    """The runs inside, in order."""
-    ends = rle.counts.cumsum()
-    starts = (ends - rle.counts)[1::2]
-    ends = ends[1::2]
-    some = ends > starts
-    return Runs(starts[some], ends[some])
+def runs_of(rles: Sequence[Rle]) -> Runs:
+    """The runs inside the masks, in order."""
+    pieces = np.array([len(rle.counts) for rle in rles], dtype=np.int64)
+    counts = np.concatenate([np.zeros(0, dtype=np.int64), *(rle.counts for rle in rles)])
+    first = pieces.cumsum() - pieces
+    ends = counts.cumsum()
+    before = np.append(0, ends)[first]  # all pixels of the masks before
+    owners = np.repeat(np.arange(len(rles)), pieces)
+    ends -= before[owners]
+    inside = ((np.arange(len(counts)) - first[owners]) % 2 == 1) & (counts > 0)
+    return Runs((ends - counts)[inside], ends[inside], owners[inside])
 
 
 def rle_areas(rles: Sequence[Rle]) -> Int64[np.ndarray, " N"]:
     """How many pixels are inside each."""
-    return np.array([int(rle.counts[1::2].sum()) for rle in rles], dtype=np.int64)
+    starts, ends, owners = runs_of(rles)
+    return np.bincount(owners, weights=ends - starts, minlength=len(rles)).astype(np.int64)
 
 
 def rle_boxes(rles: Sequence[Rle]) -> Float64[np.ndarray, "N 4"]:
     """The tightest boxes (xyxy, pixel edges) around the masks; zeros for an empty mask."""
     boxes = np.zeros((len(rles), 4))
-    for number, rle in enumerate(rles):
-        starts, ends = runs_of(rle)
-        if not len(starts):
-            continue
-        height = rle.size[0]
-        left, right = starts // height, (ends - 1) // height
-        whole = right > left  # a run over the foot of a column reaches the top of the next one
-        top = np.where(whole, 0, starts % height)
-        bottom = np.where(whole, height, (ends - 1) % height + 1)
-        boxes[number] = left.min(), top.min(), right.max() + 1, bottom.max()
+    starts, ends, owners = runs_of(rles)
+    if not len(starts):
+        return boxes
+    heights = np.array([rle.size[0] for rle in rles])[owners]
+    left, right = starts // heights, (ends - 1) // heights
+    whole = right > left  # a run over the foot of a column reaches the top of the next one
+    top = np.where(whole, 0, starts % heights)
+    bottom = np.where(whole, heights, (ends - 1) % heights + 1)
+    some, first = np.unique(owners, return_index=True)
+    boxes[some, 0], boxes[some, 1] = (np.minimum.reduceat(sides, first) for sides in (left, top))
+    boxes[some, 2], boxes[some, 3] = (np.maximum.reduceat(sides, first) for sides in (right + 1, bottom))
     return boxes
 
 
@@ -114,32 +124,28 @@ def rle_intersections(
     """
     if not len(pairs):
         return np.zeros(0, dtype=np.int64)
-    one, other = [runs_of(rle) for rle in first], [runs_of(rle) for rle in second]
+    one, other = runs_of(first), runs_of(second)
     span = max(rle.size[0] * rle.size[1] for rle in (*first, *second)) + 1  # one line of places for all masks
-    offsets = np.arange(len(other)) * span
-    starts = np.concatenate([runs.starts + offset for runs, offset in zip(other, offsets)])
-    lengths = np.concatenate([runs.ends - runs.starts for runs in other])
-    before = np.concatenate([[0], lengths.cumsum()])
-    counts = np.array([len(runs.starts) for runs in one])
-    first_run = np.concatenate([[0], counts.cumsum()])
-    all_starts = np.concatenate([runs.starts for runs in one])
-    all_ends = np.concatenate([runs.ends for runs in one])
+    starts, lengths = other.starts + other.owners * span, other.ends - other.starts
+    before = np.append(0, lengths.cumsum())
+    counts = np.bincount(one.owners, minlength=len(first))
+    first_run = counts.cumsum() - counts
 
     sizes = counts[pairs[:, 0]]
     stops = sizes.cumsum()
+    if not len(starts) or not stops[-1]:
+        return np.zeros(len(pairs), dtype=np.int64)
     within = np.arange(stops[-1]) - np.repeat(stops - sizes, sizes)
     run = np.repeat(first_run[pairs[:, 0]], sizes) + within
-    shift = np.repeat(offsets[pairs[:, 1]], sizes)
+    shift = np.repeat(pairs[:, 1] * span, sizes)
 
     def pixels_before(place: np.ndarray) -> np.ndarray:
         index = np.searchsorted(starts, place, side="right")
         last = np.maximum(index - 1, 0)
-        if not len(starts):
-            return np.zeros(len(place), dtype=np.int64)
         return np.where(index > 0, before[last] + np.minimum(place - starts[last], lengths[last]), 0)
 
-    shared = pixels_before(all_ends[run] + shift) - pixels_before(all_starts[run] + shift)
-    total = np.concatenate([[0], shared.cumsum()])
+    shared = pixels_before(one.ends[run] + shift) - pixels_before(one.starts[run] + shift)
+    total = np.append(0, shared.cumsum())
     return total[stops] - total[stops - sizes]
 
 
@@ -179,8 +185,8 @@ def merge_rle(rles: Sequence[Rle]) -> Rle:
     """The union of masks of one size."""
     if len(rles) == 1:
         return rles[0]
-    steps = np.concatenate([np.concatenate(runs_of(rle)) for rle in rles])
-    signs = np.concatenate([np.repeat([1, -1], len(runs_of(rle).starts)) for rle in rles])
+    starts, ends, _ = runs_of(rles)
+    steps, signs = np.concatenate([starts, ends]), np.repeat([1, -1], len(starts))
     places, which = np.unique(steps, return_inverse=True)
     covered = np.bincount(which, weights=signs, minlength=len(places)).cumsum() > 0.5
     changes = places[np.flatnonzero(covered != np.concatenate([[False], covered[:-1]]))]

@@ -20,6 +20,7 @@ from vision3dgen.structures.grid import GridSpec as GridSpec
 from vision3dgen.structures.meshes import Meshes as Meshes
 from vision3dgen.structures.meshes import join_meshes_as_batch as join_meshes_as_batch
 from vision3dgen.structures.meshes import join_meshes_as_scene as join_meshes_as_scene
+from vision3dgen.structures.panoptic import PanopticSegments as PanopticSegments
 from vision3dgen.structures.pointclouds import Pointclouds as Pointclouds
 from vision3dgen.structures.pointclouds import join_pointclouds_as_batch as join_pointclouds_as_batch
 from vision3dgen.structures.pointclouds import join_pointclouds_as_scene as join_pointclouds_as_scene
