@@ -6,6 +6,7 @@ from typing import Any
 from vision3dgen.datasets.augment import AUGMENTATIONS as AUGMENTATIONS
 from vision3dgen.datasets.augment import Augment as Augment
 from vision3dgen.datasets.augment import Augmented as Augmented
+from vision3dgen.datasets.augment import DropInvisible as DropInvisible
 from vision3dgen.datasets.captions import CaptionedObject as CaptionedObject
 from vision3dgen.datasets.captions import Captions as Captions
 from vision3dgen.datasets.collate import collate as collate
