@@ -24,6 +24,7 @@ from vision3dgen.datasets.images import ImageFolder as ImageFolder
 from vision3dgen.datasets.images import ImageList as ImageList
 from vision3dgen.datasets.images import read_idx as read_idx
 from vision3dgen.datasets.images import resize_crop as resize_crop
+from vision3dgen.datasets.instances import SceneInstances as SceneInstances
 from vision3dgen.datasets.layouts import LAYOUTS as LAYOUTS
 from vision3dgen.datasets.layouts import Layout as Layout
 from vision3dgen.datasets.layouts import find_layout as find_layout
@@ -80,6 +81,7 @@ DATASETS: dict[str, Callable[..., Any]] = {
     "image_list": ImageList,
     "captions": Captions,
     "scene_objects": SceneObjects,
+    "scene_instances": SceneInstances,
     "text": TextLines,
     "nyu_depth": NYUDepth,
     "nyu_depth_scenes": NYUDepthScenes,

@@ -17,7 +17,7 @@ from vision3dgen.structures import (
 # What an image has any number of: as many rows as objects.
 RAGGED = (
     "areas", "boxes", "boxes_visible", "crowd", "difficult", "keypoints", "keypoints_visible", "labels", "masks",
-    "segment_crowd", "segment_labels",
+    "proposals", "segment_crowd", "segment_labels",
 )  # fmt: skip
 
 

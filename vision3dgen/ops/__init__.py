@@ -1,5 +1,13 @@
 from vision3dgen.ops.backends import use_backend as use_backend
 from vision3dgen.ops.boxes import box3d_overlap as box3d_overlap
+from vision3dgen.ops.boxes2d import box_area as box_area
+from vision3dgen.ops.boxes2d import box_iou as box_iou
+from vision3dgen.ops.boxes2d import clip_boxes_to_image as clip_boxes_to_image
+from vision3dgen.ops.boxes2d import decode_boxes as decode_boxes
+from vision3dgen.ops.boxes2d import encode_boxes as encode_boxes
+from vision3dgen.ops.boxes2d import generalized_box_iou as generalized_box_iou
+from vision3dgen.ops.boxes2d import masks_to_boxes as masks_to_boxes
+from vision3dgen.ops.boxes2d import remove_small_boxes as remove_small_boxes
 from vision3dgen.ops.depth import depth_to_mesh as depth_to_mesh
 from vision3dgen.ops.depth import depth_to_pointclouds as depth_to_pointclouds
 from vision3dgen.ops.depth import depth_to_points as depth_to_points
@@ -49,6 +57,13 @@ from vision3dgen.ops.rle import polygons_to_rle as polygons_to_rle
 from vision3dgen.ops.rle import rle_areas as rle_areas
 from vision3dgen.ops.rle import rle_boxes as rle_boxes
 from vision3dgen.ops.rle import rle_iou as rle_iou
+from vision3dgen.ops.rois import paste_binary_masks as paste_binary_masks
+from vision3dgen.ops.rois import paste_masks as paste_masks
+from vision3dgen.ops.rois import roi_align as roi_align
+from vision3dgen.ops.rois import roi_pool as roi_pool
+from vision3dgen.ops.suppression import batched_nms as batched_nms
+from vision3dgen.ops.suppression import nms as nms
+from vision3dgen.ops.suppression import soft_nms as soft_nms
 from vision3dgen.ops.surface import Extraction as Extraction
 from vision3dgen.ops.surface import extract_surface as extract_surface
 from vision3dgen.ops.surface import isosurface as isosurface

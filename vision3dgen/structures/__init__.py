@@ -8,6 +8,7 @@ Differs: no in-place twins (`offset_verts_`, `scale_verts_`), textures are attri
 everywhere.
 """
 
+from vision3dgen.structures.annotations import check_annotations as check_annotations
 from vision3dgen.structures.camera import Camera as Camera
 from vision3dgen.structures.camera import Open3DCamera as Open3DCamera
 from vision3dgen.structures.camera import OpenGLCamera as OpenGLCamera
