@@ -33,7 +33,7 @@ from vision3dgen.engine import Data, Trainer, to_device
 from vision3dgen.engine.processes import processes
 from vision3dgen.files import atomic_write
 from vision3dgen.generators import GENERATORS
-from vision3dgen.heads import HEADS, ROI_HEADS, RPNS
+from vision3dgen.heads import HEADS, ROI_HEADS, RPNS, SEMANTIC_HEADS
 from vision3dgen.io import load_pointcloud, read_binvox, read_image, save_mesh, save_npz, save_pointcloud
 from vision3dgen.metrics import (
     EVALUATIONS,
@@ -61,6 +61,7 @@ PARTS: dict[str, Mapping[str, Callable[..., Any]]] = {  # sections of a model th
     "box": ROI_HEADS,
     "mask": ROI_HEADS,
     "mesh": ROI_HEADS,
+    "semantic": SEMANTIC_HEADS,
     "decoder": DECODERS,
 }
 GIVEN_TO_PARTS = ("channels", "strides", "layout")  # what parts beside a backbone or an encoder may ask to be given
