@@ -662,7 +662,7 @@ def panoptic_matches(found, found_labels, true, true_labels, crowd):
         other = pixels(found, f)
         if not other or f in used:
             continue
-        crowds = [pixels(true, t) for t, l in enumerate(true_labels, start=1) if l == label and crowd[t - 1]]
+        crowds = [pixels(true, t) for t, own in enumerate(true_labels, start=1) if own == label and crowd[t - 1]]
         if len(other & set().union(void, *crowds)) <= len(other) / 2:
             wrong.append(label)
     return matched, missed, wrong

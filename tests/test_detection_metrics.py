@@ -234,21 +234,19 @@ def test_what_cannot_be_compared_is_named():
     ):
         with pytest.raises(ValueError, match=message):
             record_of(bad, truth, COCO, id="a")
-    with pytest.raises(ValueError, match="1 crowd|crowd like labels, got 2"):
+    with pytest.raises(ValueError, match="1 crowd like labels, got 2"):
         record_of(good, true([[0, 0, 10, 10]], crowd=[True, False]), COCO, id="a")
     masks = DETECTION_PROTOCOLS["coco_masks"]
     with pytest.raises(ValueError, match="the detections have none"):
         record_of(good, truth, masks, id="a")
+    small, large = torch.ones(1, 3, 3, dtype=torch.bool), torch.ones(1, 4, 4, dtype=torch.bool)
     with pytest.raises(ValueError, match="of the image's size"):
-        small, large = torch.ones(1, 3, 3, dtype=torch.bool), torch.ones(1, 4, 4, dtype=torch.bool)
         record_of(good._replace(masks=small), truth._replace(masks=large), masks, id="a")
     for change, message in (
         ({"thresholds": ()}, "thresholds"),
         ({"max_detections": (None, 10)}, "must ascend"),
         ({"recalls": 1}, "recalls"),
         ({"areas": ()}, "at least one range"),
-        ({"matching": "first"}, "matching"),
-        ({"comparator": "<"}, "comparator"),
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(COCO, **change)

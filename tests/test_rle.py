@@ -38,6 +38,7 @@ def test_runs_areas_boxes_unions_and_iou_equal_pycocotools():
         )
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of pycocotools
 def test_polygons_are_drawn_as_pycocotools_draws_them():
     rng = np.random.default_rng(0)
     for trial in range(120):

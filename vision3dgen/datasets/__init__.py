@@ -6,8 +6,11 @@ from typing import Any
 from vision3dgen.datasets.augment import AUGMENTATIONS as AUGMENTATIONS
 from vision3dgen.datasets.augment import Augment as Augment
 from vision3dgen.datasets.augment import Augmented as Augmented
+from vision3dgen.datasets.augment import DropInvisible as DropInvisible
 from vision3dgen.datasets.captions import CaptionedObject as CaptionedObject
 from vision3dgen.datasets.captions import Captions as Captions
+from vision3dgen.datasets.coco import COCODetection as COCODetection
+from vision3dgen.datasets.coco import COCOPanoptic as COCOPanoptic
 from vision3dgen.datasets.collate import collate as collate
 from vision3dgen.datasets.depth import KITTIDepth as KITTIDepth
 from vision3dgen.datasets.depth import NYUDepth as NYUDepth
@@ -32,6 +35,7 @@ from vision3dgen.datasets.mixing import OneOf as OneOf
 from vision3dgen.datasets.objects import SceneObjects as SceneObjects
 from vision3dgen.datasets.pennfudan import PennFudan as PennFudan
 from vision3dgen.datasets.photographs import Photographs as Photographs
+from vision3dgen.datasets.pix3d import Pix3D as Pix3D
 from vision3dgen.datasets.prepare import Prepared as Prepared
 from vision3dgen.datasets.prepare import prepare_meshes as prepare_meshes
 from vision3dgen.datasets.prepare import prepare_procedural as prepare_procedural
@@ -46,6 +50,8 @@ from vision3dgen.datasets.scenes import prepare_scenes as prepare_scenes
 from vision3dgen.datasets.scenes import sentences as sentences
 from vision3dgen.datasets.shapenet import InputCloud as InputCloud
 from vision3dgen.datasets.shapenet import ShapeNet as ShapeNet
+from vision3dgen.datasets.voc import VOCDetection as VOCDetection
+from vision3dgen.datasets.voc import VOCSegmentation as VOCSegmentation
 from vision3dgen.datasets.vocabulary import TextLines as TextLines
 from vision3dgen.datasets.vocabulary import Vocabulary as Vocabulary
 
@@ -65,6 +71,11 @@ DATASETS: dict[str, Callable[..., Any]] = {
     "nyu_depth_scenes": NYUDepthScenes,
     "kitti_depth": KITTIDepth,
     "penn_fudan": PennFudan,
+    "coco_detection": COCODetection,
+    "coco_panoptic": COCOPanoptic,
+    "voc_detection": VOCDetection,
+    "voc_segmentation": VOCSegmentation,
+    "pix3d": Pix3D,
 }
 PREPARE: dict[str, Callable[..., Any]] = {
     "procedural": prepare_procedural,

@@ -24,7 +24,7 @@ VOID = 255  # in the truth: not asked
 
 
 def segmentation_matrix(
-    predicted: Shaped[Tensor, "H W"], truth: Shaped[Tensor, "H W"], classes: int
+    predicted: Shaped[Tensor, "h w"], truth: Shaped[Tensor, "H W"], classes: int
 ) -> Int64[Tensor, "K P"]:
     """Pixels of each class (row) that were taken for each class (column), where the truth is not 255.
 

@@ -5,6 +5,11 @@ from vision3dgen.viz.attention import attention_overlay as attention_overlay
 from vision3dgen.viz.depth import depth_gallery as depth_gallery
 from vision3dgen.viz.depth import depth_picture as depth_picture
 from vision3dgen.viz.depth import normals_picture as normals_picture
+from vision3dgen.viz.detection import class_picture as class_picture
+from vision3dgen.viz.detection import detection_gallery as detection_gallery
+from vision3dgen.viz.detection import draw_detections as draw_detections
+from vision3dgen.viz.detection import number_color as number_color
+from vision3dgen.viz.detection import panoptic_picture as panoptic_picture
 from vision3dgen.viz.gallery import curves as curves
 from vision3dgen.viz.gallery import figure_of as figure_of
 from vision3dgen.viz.gallery import gallery as gallery
