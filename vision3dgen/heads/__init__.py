@@ -54,6 +54,7 @@ from vision3dgen.heads.roi import Canvas as Canvas
 from vision3dgen.heads.roi import RoIHead as RoIHead
 from vision3dgen.heads.roi import Samples as Samples
 from vision3dgen.heads.roi import Truth as Truth
+from vision3dgen.heads.roi_mesh import RoIMeshHead as RoIMeshHead
 from vision3dgen.heads.rpn import RPN as RPN
 from vision3dgen.heads.rpn import RPNS as RPNS
 from vision3dgen.heads.rpn import Proposals as Proposals
@@ -87,6 +88,7 @@ HEADS: dict[str, type[Head]] = {
 ROI_HEADS: dict[str, type[RoIHead]] = {
     "box": BoxHead,
     "mask": MaskHead,
+    "mesh": RoIMeshHead,
 }
 
 SEMANTIC_HEADS: dict[str, type[SemanticHead]] = {

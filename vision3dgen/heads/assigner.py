@@ -37,19 +37,25 @@ class Assigner:
         if not len(objects):
             return torch.full((len(boxes),), BACKGROUND, dtype=torch.int64, device=boxes.device)
         parts = boxes.split(max(1, PAIRS // len(objects)))
-        best = [box_iou(part, objects).max(1) for part in parts]
-        if not best:
+        if not parts:
             return torch.zeros(0, dtype=torch.int64, device=boxes.device)
+        held = [box_iou(parts[0], objects)]  # all of them, as a rule; of many only the first part's are kept
+        best = [_overlaps(parts, held, objects, number).max(1) for number in range(len(parts))]
         overlap, found = torch.cat([each.values for each in best]), torch.cat([each.indices for each in best])
         assigned = found.clone()
         assigned[overlap < self.positive] = IGNORED
         assigned[overlap < self.negative] = BACKGROUND
         if self.nearest:
-            highest = torch.stack([box_iou(part, objects).amax(0) for part in parts]).amax(0)  # (M,)
+            rows = range(len(parts))
+            highest = torch.stack([_overlaps(parts, held, objects, row).amax(0) for row in rows]).amax(0)  # (M,)
             highest = highest.where(highest > 0, 2)
-            own = torch.cat([(box_iou(part, objects) == highest).any(1) for part in parts])
+            own = torch.cat([(_overlaps(parts, held, objects, row) == highest).any(1) for row in rows])
             assigned[own] = found[own]
         return assigned
+
+
+def _overlaps(parts: Sequence[Tensor], held: Sequence[Tensor], objects: Tensor, number: int) -> Float[Tensor, "N M"]:
+    return held[number] if number < len(held) else box_iou(parts[number], objects)
 
 
 class Sampled(NamedTuple):

@@ -113,4 +113,12 @@ class Resizing(nn.Module):
             masks = masks[rows]
             if len(rows) and tuple(masks.shape[1:]) != size:
                 masks = F.interpolate(masks[:, None].float(), size=size)[:, 0] > 0.5
-        return Truth(boxes, labels[rows], masks, None if meshes is None else meshes[rows])
+        if meshes is not None:
+            behind = meshes.get_bounding_boxes()[:, 2, 0] <= 0
+            if bool(behind.any()):
+                raise ValueError(
+                    f"image {name!r}, annotation {int(behind.nonzero()[0])}: its mesh is not in front of the camera; "
+                    "meshes beside boxes are in the camera's frame, z forward"
+                )
+            meshes = meshes[rows]
+        return Truth(boxes, labels[rows], masks, meshes)

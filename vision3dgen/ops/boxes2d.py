@@ -23,7 +23,7 @@ LARGEST_GROWTH = math.log(1000 / 16)  # of a side in one step: what a network sa
 def box_area(boxes: Float[Tensor, "N 4"]) -> Float[Tensor, " N"]:
     """Width times height; 0 for a box without inside."""
     check_shape(boxes=(boxes, "N 4"))
-    return _sides(boxes).prod(-1)
+    return _area(boxes)
 
 
 @full_precision
@@ -48,15 +48,17 @@ def generalized_box_iou(boxes1: Float[Tensor, "N 4"], boxes2: Float[Tensor, "M 4
     return shared / union.where(union > 0, 1) - (around - union) / around.where(around > 0, 1)
 
 
-def _sides(boxes: Float[Tensor, "*N 4"]) -> Float[Tensor, "*N 2"]:
-    return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0)
+def _area(boxes: Float[Tensor, "*N 4"]) -> Float[Tensor, "*N"]:
+    wide, tall = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).unbind(-1)
+    return wide * tall
 
 
 def _overlap(boxes1: Float[Tensor, "N 4"], boxes2: Float[Tensor, "M 4"]) -> tuple[Tensor, Tensor]:
-    """Areas (N, M) of intersections and unions."""
-    high = torch.minimum(boxes1[:, None, 2:], boxes2[:, 2:])
-    shared = (high - torch.maximum(boxes1[:, None, :2], boxes2[:, :2])).clamp(min=0).prod(-1)
-    return shared, _sides(boxes1).prod(-1)[:, None] + _sides(boxes2).prod(-1) - shared
+    """Areas (N, M) of intersections and unions; axis by axis, for pairs are many and axes two."""
+    low = [torch.maximum(boxes1[:, axis, None], boxes2[:, axis]) for axis in (0, 1)]
+    high = [torch.minimum(boxes1[:, 2 + axis, None], boxes2[:, 2 + axis]) for axis in (0, 1)]
+    shared = (high[0] - low[0]).clamp(min=0) * (high[1] - low[1]).clamp(min=0)
+    return shared, _area(boxes1)[:, None] + _area(boxes2) - shared
 
 
 def clip_boxes_to_image(boxes: Float[Tensor, "*N 4"], size: tuple[int, int]) -> Float[Tensor, "*N 4"]:
