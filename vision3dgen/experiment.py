@@ -35,7 +35,7 @@ from vision3dgen.engine import Data, Trainer, to_device
 from vision3dgen.engine.processes import processes
 from vision3dgen.files import atomic_write
 from vision3dgen.generators import GENERATORS
-from vision3dgen.heads import HEADS, ROI_HEADS, RPNS, DepthHead
+from vision3dgen.heads import HEADS, ROI_HEADS, RPNS, SEMANTIC_HEADS, DepthHead
 from vision3dgen.io import load_pointcloud, read_binvox, read_image, save_mesh, save_npz, save_pointcloud, write_png
 from vision3dgen.metrics import (
     EVALUATIONS,
@@ -65,6 +65,7 @@ PARTS: dict[str, Mapping[str, Callable[..., Any]]] = {  # sections of a model th
     "box": ROI_HEADS,
     "mask": ROI_HEADS,
     "mesh": ROI_HEADS,
+    "semantic": SEMANTIC_HEADS,
     "decoder": DECODERS,
 }
 MODEL_FILE = "model.safetensors"  # of a folder that `pretrained.save_pretrained` wrote: a run without checkpoints

@@ -35,6 +35,7 @@ from vision3dgen.heads.occupancy import FieldHead as FieldHead
 from vision3dgen.heads.occupancy import OccupancyDecoder as OccupancyDecoder
 from vision3dgen.heads.occupancy import OccupancyField as OccupancyField
 from vision3dgen.heads.occupancy import OccupancyHead as OccupancyHead
+from vision3dgen.heads.panoptic import PanopticMerging as PanopticMerging
 from vision3dgen.heads.pixel2mesh import Deformation as Deformation
 from vision3dgen.heads.pixel2mesh import DeformationLosses as DeformationLosses
 from vision3dgen.heads.pixel2mesh import Pixel2MeshHead as Pixel2MeshHead
@@ -57,6 +58,11 @@ from vision3dgen.heads.roi_mesh import RoIMeshHead as RoIMeshHead
 from vision3dgen.heads.rpn import RPN as RPN
 from vision3dgen.heads.rpn import RPNS as RPNS
 from vision3dgen.heads.rpn import Proposals as Proposals
+from vision3dgen.heads.segmentation import FCNHead as FCNHead
+from vision3dgen.heads.segmentation import PyramidHead as PyramidHead
+from vision3dgen.heads.segmentation import SemanticHead as SemanticHead
+from vision3dgen.heads.segmentation import UNetHead as UNetHead
+from vision3dgen.heads.segmentation import pixel_cross_entropy as pixel_cross_entropy
 from vision3dgen.heads.sphere import SphereHead as SphereHead
 from vision3dgen.heads.voxel import VolumeHead as VolumeHead
 from vision3dgen.heads.voxel import VoxelHead as VoxelHead
@@ -83,4 +89,10 @@ ROI_HEADS: dict[str, type[RoIHead]] = {
     "box": BoxHead,
     "mask": MaskHead,
     "mesh": RoIMeshHead,
+}
+
+SEMANTIC_HEADS: dict[str, type[SemanticHead]] = {
+    "fcn": FCNHead,
+    "pyramid": PyramidHead,
+    "unet": UNetHead,
 }

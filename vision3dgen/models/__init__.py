@@ -18,6 +18,8 @@ from vision3dgen.models.decoders import SequenceDecoder as SequenceDecoder
 from vision3dgen.models.decoders import TransformerDecoder as TransformerDecoder
 from vision3dgen.models.language import MaskedLanguageModel as MaskedLanguageModel
 from vision3dgen.models.multi_view import MultiView as MultiView
+from vision3dgen.models.panoptic import PanopticFPN as PanopticFPN
+from vision3dgen.models.panoptic import panoptic_fpn as panoptic_fpn
 from vision3dgen.models.rcnn import RCNN as RCNN
 from vision3dgen.models.rcnn import fast_rcnn as fast_rcnn
 from vision3dgen.models.rcnn import faster_rcnn as faster_rcnn
@@ -34,6 +36,9 @@ from vision3dgen.models.reconstruction import IMAGENET_STD as IMAGENET_STD
 from vision3dgen.models.reconstruction import Reconstruction as Reconstruction
 from vision3dgen.models.resizing import Resizing as Resizing
 from vision3dgen.models.search import beam_search as beam_search
+from vision3dgen.models.segmentation import SemanticSegmentation as SemanticSegmentation
+from vision3dgen.models.segmentation import fcn as fcn
+from vision3dgen.models.segmentation import unet as unet
 from vision3dgen.models.single_view import SingleView as SingleView
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -49,4 +54,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "faster_rcnn": faster_rcnn,
     "mask_rcnn": mask_rcnn,
     "mesh_rcnn": mesh_rcnn,
+    "panoptic_fpn": panoptic_fpn,
+    "fcn": fcn,
+    "unet": unet,
 }
