@@ -277,7 +277,12 @@ def pixel_by_pixel(layer, x, first_rows: int = 0):
         y = layer(x[:, :, :first_rows], cache)
         out |= {(r, c): y[:, :, r, c] for r in range(y.shape[2]) for c in range(y.shape[3])}
     for row, column in itertools.product(range(first_rows, height), range(width)):
-        y = layer(x[:, :, row : row + 1, column : column + 1], cache.at(row, column))
+        if isinstance(layer, CausalConv2d):
+            y = layer(x[:, :, row : row + 1, column : column + 1], cache.at(row, column))
+        else:
+            step = layer.pixels(len(x), cache.at(row)) if column == 0 else step
+            step(torch.full_like(x[:, :, row, column], 0.7), column)  # which another call for the pixel replaces
+            y = step(x[:, :, row, column], column).clone()[:, :, None, None]
         if y is not None:
             stride = getattr(layer, "stride", 1)
             out[row // stride, column // stride] = y[:, :, 0, 0]
@@ -349,17 +354,19 @@ def cached_outputs(model: Autoregressive, images: torch.Tensor, cond, first_rows
         out[:, :, :first_rows] = model.horizontal(x[:, :, :first_rows], top, cond, cache)
     for row in range(first_rows, images.shape[2]):
         rows = model.vertical(shifted[:, :, row : row + 1], cond, cache.at(row))
+        pixels = model.begin_row(len(x), rows, cond, cache.at(row))
         for column in range(images.shape[3]):
-            place, pixel = cache.at(row, column), torch.full_like(x[:, :, :1, :1], 0.7)
+            pixel = torch.full_like(x[:, :, 0, 0], 0.7)
             for step in range(model.likelihood.steps):
-                outputs = model.horizontal(pixel, rows, cond, place)[:, :, 0, 0]
+                outputs = pixels.step(pixel, column)
                 if model.likelihood.steps > 1:
                     part = slice(step * model.likelihood.levels, (step + 1) * model.likelihood.levels)
                     out[:, part, row, column] = outputs[:, part]
-                    pixel[:, step] = x[:, step, row : row + 1, column : column + 1]
+                    pixel = pixel.clone()
+                    pixel[:, step] = x[:, step, row, column]
                 else:
                     out[:, :, row, column] = outputs
-            model.observe(x[:, :, row : row + 1, column : column + 1], place)
+            pixels.observe(x[:, :, row, column], column)
     return out
 
 

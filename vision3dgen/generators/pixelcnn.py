@@ -1,14 +1,15 @@
 """PixelCNN and Gated PixelCNN: masked convolutions, one softmax for each channel of each pixel."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vision3dgen.generators.autoregressive import Autoregressive, ClassBias
 from vision3dgen.generators.likelihoods import Categorical
-from vision3dgen.generators.masked import Cache, CausalConv2d, Reach, here, square
+from vision3dgen.generators.masked import Cache, CausalConv2d, Pixels, Reach, here, square
 from vision3dgen.layers import gated_tanh
 
 
@@ -24,6 +25,16 @@ class Head(nn.Module):
     def forward(self, x: Float[Tensor, "B C H W"], cache: Cache | None = None) -> Float[Tensor, "B P H W"]:
         return self.logits(self.hidden(x.relu(), cache).relu(), cache)
 
+    def pixels(self, batch: int, cache: Cache) -> Callable[[Tensor], Tensor]:
+        """`forward` of pixels (B, C), which it overwrites."""
+        hidden, logits = self.hidden.begin(batch, cache), self.logits.begin(batch, cache)
+
+        def step(x: Tensor) -> Tensor:
+            y = torch.addmm(hidden.bias, x.relu_(), hidden.lower).relu_()
+            return torch.addmm(logits.bias, y, logits.lower)
+
+        return step
+
 
 class ResidualBlock(nn.Module):
     """x + 1 x 1 to half the channels, masked k x k, 1 x 1 back, each after a ReLU."""
@@ -37,6 +48,17 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Float[Tensor, "B C H W"], cache: Cache | None = None) -> Float[Tensor, "B C H W"]:
         y = self.masked(self.reduce(x.relu(), cache).relu(), cache)
         return x + self.expand(y.relu(), cache)
+
+    def pixels(self, batch: int, cache: Cache) -> Callable[[Tensor, int], Tensor]:
+        """`forward` of pixels (B, C) by their column, which it overwrites."""
+        reduce, masked, expand = (layer.begin(batch, cache) for layer in (self.reduce, self.masked, self.expand))
+
+        def step(x: Tensor, column: int) -> Tensor:
+            torch.clamp_min(torch.addmm(reduce.bias, x.relu(), reduce.lower), 0, out=masked.slots[column])
+            y = masked.product(column).relu_()
+            return x.add_(expand.bias).addmm_(y, expand.lower)
+
+        return step
 
 
 class PixelCNN(Autoregressive):
@@ -70,6 +92,20 @@ class PixelCNN(Autoregressive):
         for block in self.blocks:
             y = block(y, cache)
         return self.head(y, cache)
+
+    def begin_row(self, batch: int, rows: Sequence[Any], cond: Int[Tensor, " B"] | None, cache: Cache) -> Pixels:
+        first = self.first.begin(batch, cache, self.condition.row(cond))
+        blocks = [block.pixels(batch, cache) for block in self.blocks]
+        head = self.head.pixels(batch, cache)
+
+        def step(x: Tensor, column: int) -> Tensor:
+            first.slots[column].copy_(x)
+            y = first.product(column)
+            for block in blocks:
+                y = block(y, column)
+            return head(y)
+
+        return Pixels(step, lambda x, column: first.slots[column].copy_(x))
 
 
 class VerticalLayer(nn.Module):
@@ -117,6 +153,31 @@ class HorizontalLayer(nn.Module):
         out = gated_tanh(self.gates(x, cache) + link + self.condition(cond))
         return out if self.residual is None else x + self.residual(out, cache), self.skip(out, cache)
 
+    def pixels(
+        self, link: Float[Tensor, "B G W"], cond: Int[Tensor, " B"] | None, cache: Cache, out: Float[Tensor, "B C"]
+    ) -> Callable[[Tensor, int], Tensor]:
+        """The new map of pixels (B, C) by their column, which it overwrites; what the skip is of goes to `out`."""
+        bias = self.condition.row(cond)
+        gates = self.gates.begin(len(link), cache, link if bias is None else link + bias)
+        signal, gate = gates.output.chunk(2, 1)
+        residual = None if self.residual is None else self.residual.begin(len(link), cache)
+
+        def step(x: Tensor, column: int) -> Tensor:
+            gates.slots[column].copy_(x)
+            gates.product(column, gates.output)
+            torch.mul(signal.tanh_(), gate.sigmoid_(), out=out)
+            return out.clone() if residual is None else x.add_(residual.bias).addmm_(out, residual.lower)
+
+        return step
+
+
+class _Skips(NamedTuple):
+    """The sum of the skips of all layers as one product."""
+
+    inputs: Tensor  # (B, layers * C), the maps of a pixel, layer after layer
+    weight: Tensor
+    bias: Tensor
+
 
 class GatedPixelCNN(Autoregressive):
     """A vertical stack that sees all rows above, without the blind spot of PixelCNN, and a horizontal one.
@@ -133,7 +194,7 @@ class GatedPixelCNN(Autoregressive):
     ):  # fmt: skip
         likelihood = Categorical(image_shape[0], levels)
         super().__init__(image_shape, likelihood, classes)
-        groups = likelihood.channels
+        self.channels, groups = channels, likelihood.channels
         sizes = [(groups, 7), *[(channels, kernel_size)] * layers]
         ends = [{"first": i == 0, "last": i == layers} for i in range(layers + 1)]
         self.vertical_layers = nn.ModuleList(
@@ -163,3 +224,24 @@ class GatedPixelCNN(Autoregressive):
             x, skip = layer(x, here(link, cache), cond, cache)
             total = total + skip
         return self.head(total, cache)
+
+    def begin_row(self, batch: int, rows: Sequence[Any], cond: Int[Tensor, " B"] | None, cache: Cache) -> Pixels:
+        skips = cache.state(self, lambda: self._skips(batch, cache))
+        first = self.horizontal_layers[0].gates.begin  # that of the layer that reads the image
+        layers = [
+            layer.pixels(link[:, :, 0], cond, cache, out)
+            for layer, link, out in zip(self.horizontal_layers, rows, skips.inputs.split(self.channels, 1))
+        ]
+        slots, head = first(batch, cache).slots, self.head.pixels(batch, cache)
+
+        def step(x: Tensor, column: int) -> Tensor:
+            for layer in layers:
+                x = layer(x, column)
+            return head(torch.addmm(skips.bias, skips.inputs, skips.weight))
+
+        return Pixels(step, lambda x, column: slots[column].copy_(x))
+
+    def _skips(self, batch: int, cache: Cache) -> "_Skips":
+        taps = [layer.skip.begin(batch, cache) for layer in self.horizontal_layers]
+        weight, bias = torch.cat([each.lower for each in taps]), torch.stack([each.bias for each in taps]).sum(0)
+        return _Skips(weight.new_zeros(batch, len(weight)), weight, bias)
