@@ -11,6 +11,7 @@ RUN/samples/             of a generator: samples.npz, and samples.png of images
 import inspect
 import itertools
 import json
+import math
 import os
 import platform
 import sys
@@ -37,6 +38,7 @@ from vision3dgen.heads import HEADS
 from vision3dgen.io import load_pointcloud, read_binvox, read_image, save_mesh, save_npz, save_pointcloud
 from vision3dgen.metrics import (
     EVALUATIONS,
+    Clouds,
     Evaluator,
     Features,
     GenerationEvaluator,
@@ -44,9 +46,11 @@ from vision3dgen.metrics import (
     Prediction,
     Scores,
     ShapeEvaluator,
+    ShapeSetEvaluator,
     quantize,
 )
 from vision3dgen.models import DECODERS, MODELS, Classifier
+from vision3dgen.ops import isosurface, sample_points_from_meshes
 from vision3dgen.structures import Frame, GridSpec, Meshes, Pointclouds
 from vision3dgen.viz import Sample, Shown, Voxels, image_grid, show
 from vision3dgen.viz.scene import Shape
@@ -434,6 +438,8 @@ class Run:
             classifier = Run.open(experiment.evaluation.extractor)
             about["extractor"] = classifier.weights()
             predict = generated(model, extractor(classifier, device), device, experiment.seed)
+        elif isinstance(experiment.evaluation, ShapeSetEvaluator):
+            predict = generated_shapes(model, experiment.evaluation.points, device, experiment.seed)
         else:
             predict = predictor(model, device)
         return score(
@@ -497,6 +503,43 @@ def generated(
         return to_device(Pair(extract(quantize(images)), extract(quantize(made))), torch.device("cpu"))
 
     return predict
+
+
+def generated_shapes(
+    model: nn.Module, points: int, device: torch.device | str, seed: int
+) -> Callable[[Mapping[str, Any]], Clouds]:
+    """Points of the surfaces of a batch and of as many samples of `model`, `points` of each."""
+    if not callable(getattr(model, "sample", None)):
+        raise ConfigError(f"{type(model).__name__} is not a generator: it has no sample()")
+    draws, choices = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
+    grid = getattr(model, "grid", None)
+
+    def predict(batch: Mapping[str, Any]) -> Clouds:
+        real = batch["surface"].points_padded()
+        made = model.sample(len(real), generator=draws).cpu()  # type: ignore[operator]
+        return Clouds(as_clouds(real, points, choices), as_clouds(made, points, choices, grid))
+
+    return predict
+
+
+def as_clouds(
+    shapes: Float[Tensor, "B N 3"] | Float[Tensor, "B D H W"], points: int, generator: torch.Generator,
+    grid: GridSpec | None = None,
+) -> Float[Tensor, "B P 3"]:  # fmt: skip
+    """Clouds thinned out to so many points, or points of the surfaces of occupancies; NaN for one without a surface.
+
+    grid: where the occupancies are, by default the cells of the unit cube around 0.
+    """
+    if shapes.ndim == 3:
+        if shapes.shape[1] < points:
+            raise ValueError(f"clouds have {shapes.shape[1]} points, fewer than the {points} asked for")
+        return torch.stack([each[torch.randperm(len(each), generator=generator)[:points]] for each in shapes])
+    clouds = shapes.new_full((len(shapes), points, 3), math.nan)
+    surfaces = isosurface(shapes, grid or GridSpec.cube(shapes.shape[1]), level=0.5)
+    for number in range(len(shapes)):
+        if not surfaces[number].isempty():
+            clouds[number] = sample_points_from_meshes(surfaces[number], points, generator=generator)[0]
+    return clouds
 
 
 def samples(

@@ -137,8 +137,10 @@ class ImageGPT(Autoregressive):
             outputs[:, channel] = logits
             return outputs.flatten(1)
 
+        half, offset = (self.levels - 1) / 2, self.levels * (self.depth - 1)
+
         def observe(x: Tensor, column: int) -> None:
-            state.last = self._tokens(x[:, :, None, None])[:, -1]
+            state.last = (x[:, -1] * half + (half + offset)).round().long()
 
         return Pixels(step, observe)
 

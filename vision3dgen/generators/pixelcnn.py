@@ -183,19 +183,25 @@ class GatedPixelCNN(Autoregressive):
     """A vertical stack that sees all rows above, without the blind spot of PixelCNN, and a horizontal one.
 
     channels: p of the paper, a multiple of the image's channels; the sum of all layers' skips goes to the head. For
-    `classes`, each gate has biases of the class (V h of the paper).
+    `classes`, each gate has biases of the class (V h of the paper). embedding: levels are read as learned vectors of so
+    many numbers, not as numbers, which suits codes that have no order; for images of one channel.
     Source: van den Oord et al. 2016, Conditional Image Generation with PixelCNN Decoders (arXiv:1606.05328). Differs:
     the vertical stack is shifted down by a row at its input, not at each link; skips are summed for the output.
     """
 
     def __init__(
         self, image_shape: tuple[int, int, int] = (1, 28, 28), levels: int = 2, *, channels: int = 32, layers: int = 10,
-        kernel_size: int = 3, head_channels: int = 32, classes: int | None = None,
+        kernel_size: int = 3, head_channels: int = 32, classes: int | None = None, embedding: int | None = None,
     ):  # fmt: skip
         likelihood = Categorical(image_shape[0], levels)
         super().__init__(image_shape, likelihood, classes)
         self.channels, groups = channels, likelihood.channels
-        sizes = [(groups, 7), *[(channels, kernel_size)] * layers]
+        if embedding is not None and (embedding < 1 or groups > 1):
+            raise ValueError(
+                f"embedding must be at least 1, of images of one channel, got {embedding} and {groups} channels"
+            )
+        self.embedding = None if embedding is None else nn.Embedding(levels, embedding)
+        sizes = [(embedding or groups, 7), *[(channels, kernel_size)] * layers]
         ends = [{"first": i == 0, "last": i == layers} for i in range(layers + 1)]
         self.vertical_layers = nn.ModuleList(
             VerticalLayer(inputs, channels, size, classes, **end) for (inputs, size), end in zip(sizes, ends)
@@ -209,7 +215,7 @@ class GatedPixelCNN(Autoregressive):
         self, above: Float[Tensor, "B C N W"], cond: Int[Tensor, " B"] | None, cache: Cache | None = None
     ) -> list[Tensor]:
         """What each layer's horizontal gate is given."""
-        links, x = [], above
+        links, x = [], self._read(above, first=cache is None or cache.row == 0)
         for layer in self.vertical_layers:
             x, link = layer(x, cond, cache)
             links.append(link)
@@ -220,6 +226,7 @@ class GatedPixelCNN(Autoregressive):
         cache: Cache | None = None,
     ) -> Float[Tensor, "B P N W"]:  # fmt: skip
         total: Any = 0
+        x = self._read(x)
         for layer, link in zip(self.horizontal_layers, rows):
             x, skip = layer(x, here(link, cache), cond, cache)
             total = total + skip
@@ -235,11 +242,20 @@ class GatedPixelCNN(Autoregressive):
         slots, head = first(batch, cache).slots, self.head.pixels(batch, cache)
 
         def step(x: Tensor, column: int) -> Tensor:
+            x = self._read(x)
             for layer in layers:
                 x = layer(x, column)
             return head(torch.addmm(skips.bias, skips.inputs, skips.weight))
 
-        return Pixels(step, lambda x, column: slots[column].copy_(x))
+        return Pixels(step, lambda x, column: slots[column].copy_(self._read(x)))
+
+    def _read(self, x: Float[Tensor, "B C *S"], *, first: bool = False) -> Float[Tensor, "B E *S"]:
+        """The image as the first layers take it; of rows whose `first` is above the image that one is zeros."""
+        if self.embedding is None:
+            return x
+        levels = self.embedding.num_embeddings
+        maps = self.embedding(((x[:, 0] + 1) / 2 * (levels - 1)).round().long()).movedim(-1, 1)
+        return torch.cat([torch.zeros_like(maps[:, :, :1]), maps[:, :, 1:]], 2) if first else maps
 
     def _skips(self, batch: int, cache: Cache) -> "_Skips":
         taps = [layer.skip.begin(batch, cache) for layer in self.horizontal_layers]
