@@ -573,3 +573,35 @@ def test_bad_arguments_of_the_sampler():
 def test_models_that_cannot_be_built(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# ------------------------------------------------------------------------------------------------ embedded levels
+
+
+def test_levels_can_be_read_as_vectors():
+    """Causal, equal from the cache, and of any order of the levels: numbers of codes mean nothing."""
+    torch.manual_seed(3)
+    model = GatedPixelCNN((1, 5, 3), 7, channels=4, layers=2, head_channels=4, classes=2, embedding=6).eval()
+    images, cond = random_images(2, (1, 5, 3), 7), torch.tensor([1, 0])
+    with torch.no_grad():
+        expected = model(images, cond)
+        for first_rows in (0, 4):
+            torch.testing.assert_close(cached_outputs(model, images, cond, first_rows), expected, atol=1e-5, rtol=1e-5)
+        for place in range(15):
+            changed = images.clone()
+            changed.view(2, -1)[:, place] = (changed.view(2, -1)[:, place] + 0.5).remainder(7 / 6)
+            changed = to_images(to_values((changed * 6).round() / 6, 7), 7)
+            differs = (model(changed, cond) - expected).abs().amax((0, 1)).flatten() > 1e-7
+            assert not differs[: place + 1].any()
+            assert place == 14 or differs[place + 1 :].any()
+    drawn = model.sample(3, cond=1, generator=generator())
+    assert torch.equal(drawn, model.sample(3, cond=1, generator=generator(), method="naive"))
+    order = torch.tensor([3, 0, 6, 1, 5, 2, 4])
+    with torch.no_grad():
+        before = model(images, cond)
+        model.embedding.weight.copy_(model.embedding.weight[torch.argsort(order)])
+        renamed = to_images(order[to_values(images, 7)], 7)
+        torch.testing.assert_close(model(renamed, cond), before)
+    for settings in ({"embedding": 0}, {"image_shape": (3, 2, 2), "channels": 3, "embedding": 2}):
+        with pytest.raises(ValueError, match="embedding must be at least 1, of images of one channel"):
+            GatedPixelCNN(**{"image_shape": (1, 2, 2), "channels": 4, **settings})
