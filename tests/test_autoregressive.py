@@ -24,7 +24,8 @@ from vision3dgen.generators import (
     RowLSTMPixelRNN,
 )
 from vision3dgen.generators.likelihoods import inverse_cdf, to_images, to_values
-from vision3dgen.generators.masked import POINT, Reach, center_mask, square
+from vision3dgen.generators.masked import POINT, CausalUpsample2d, Reach, center_mask, square
+from vision3dgen.generators.pixelcnnpp import GatedResNet
 from vision3dgen.generators.pixelrnn import DiagonalBiLSTM, RowLSTM, skew, unskew
 
 SMALL = {
@@ -573,6 +574,37 @@ def test_bad_arguments_of_the_sampler():
 def test_models_that_cannot_be_built(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", ["pixelcnnpp", "pixelsnail"])
+def test_weight_normalization_starts_from_the_first_batch(name):
+    model = small(name, (1, 5, 7), 4, classes=2)
+    batch = {"image": random_images(6, (1, 5, 7), 4), "label": torch.tensor([0, 1] * 3)}
+    model.eval().loss(batch)
+    assert not model.started
+    model.train().loss(batch)
+    assert model.started
+    seconds = {id(module.second) for module in model.modules() if isinstance(module, GatedResNet)}
+    seen = []
+
+    def look(layer, _, out):
+        of = out.transpose(0, 1).flatten(1)
+        deviation = of.std(1, correction=0)
+        alive = deviation > 1e-3  # a channel that does not vary has no scale to set
+        seen.append((float(of.mean(1).abs().max()), deviation[alive] / (0.1 if id(layer) in seconds else 1.0)))
+
+    for module in model.modules():
+        if isinstance(module, CausalConv2d | CausalUpsample2d):
+            module.register_forward_hook(look)
+    with torch.no_grad():
+        model.eval()(batch["image"], batch["label"])
+    assert len(seen) > 8
+    assert max(mean for mean, _ in seen) < 1e-4
+    for _, deviations in seen:
+        torch.testing.assert_close(deviations, torch.ones_like(deviations), atol=1e-2, rtol=0)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model.train().loss({"image": batch["image"].flip(0), "label": batch["label"]})
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())  # once only
 
 
 # ------------------------------------------------------------------------------------------------ embedded levels

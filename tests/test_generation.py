@@ -271,9 +271,8 @@ def test_generated_shapes_become_clouds_and_scores(tmp_path):
     )
     kept = json.loads((tmp_path / "generated_shapes_test.json").read_text())
     assert kept["by_distance"]["chamfer"]["mmd"] == scores.by_distance["chamfer"].mmd
-    assert [json.loads(line).get("surface") for line in (tmp_path / "generated_shapes_test.jsonl").open()] == [
-        None, False, True, True, False, False,
-    ]  # fmt: skip
+    lines = (tmp_path / "generated_shapes_test.jsonl").read_text().splitlines()
+    assert [json.loads(line).get("surface") for line in lines] == [None, False, True, True, False, False]
     assert "| chamfer |" in scores.to_markdown()
     with pytest.raises(ValueError, match="none of the 1 generated shapes has a surface"):
         evaluator.evaluate("generated_shapes", batches[1:], predict, tmp_path, split="test", seed=0)

@@ -63,6 +63,7 @@ PARTS: dict[str, Mapping[str, Callable[..., Any]]] = {  # sections of a model th
     "head": HEADS,
     "decoder": DECODERS,
 }
+AT_ONCE = 256  # samples that a generator makes at a time: any number of them fits
 GIVEN_TO_PARTS = ("channels", "strides", "layout")  # what parts beside a backbone or an encoder may ask to be given
 GIVEN_TO_TRAINER = ("model", "data", "run_dir", "seed")  # what the experiment passes beside the configuration
 
@@ -397,10 +398,14 @@ class Run:
         if n < 1:
             raise ConfigError(f"n must be at least 1, got {n}")
         options: dict[str, Any] = {} if temperature is None else {"temperature": temperature}
-        if classes:
-            options["cond"] = torch.tensor([classes[i % len(classes)] for i in range(n)], device=device)
-        with torch.no_grad():
-            samples = model.sample(n, generator=torch.Generator().manual_seed(seed), **options).cpu()  # type: ignore[operator]
+        draws, parts = torch.Generator().manual_seed(seed), []
+        for start in range(0, n, AT_ONCE):
+            numbers = range(start, min(start + AT_ONCE, n))
+            if classes:
+                options["cond"] = torch.tensor([classes[i % len(classes)] for i in numbers], device=device)
+            with torch.no_grad():
+                parts.append(model.sample(len(numbers), generator=draws, **options).cpu())  # type: ignore[operator]
+        samples = torch.cat(parts)
         out.mkdir(parents=True, exist_ok=True)
         written = [out / "samples.npz"]
         save_npz(written[0], samples=samples.numpy())
