@@ -32,12 +32,10 @@ def seeded(seed=0):
 
 def code_prior(classes=None):
     torch.manual_seed(0)
-    encoder, decoder = (
-        ResidualEncoder(width=4, halvings=2, blocks=1, block_width=4),
-        ResidualDecoder(inputs=3, width=4, doublings=2, blocks=1, block_width=4),
-    )
+    encoder = ResidualEncoder(width=4, halvings=2, blocks=1, block_width=4)
+    decoder = ResidualDecoder(inputs=3, width=4, doublings=2, blocks=1, block_width=4)
     vqvae = VQVAE(encoder, decoder, Gaussian(scale=0.1), count=5)
-    vqvae.quantizer.codebook.copy_(torch.randn(5, 3, generator=seeded(1)) / 10)
+    vqvae.train().loss({"image": torch.rand(4, 1, 12, 8, generator=seeded(1))})  # which places the codes
     prior = GatedPixelCNN((1, 3, 2), 5, channels=4, layers=1, head_channels=4, embedding=3, classes=classes)
     return CodePrior(vqvae, prior)
 
@@ -69,7 +67,7 @@ def test_a_prior_of_other_codes_is_refused():
     model = code_prior()
     for shape, levels in (((1, 3, 2), 4), ((3, 3, 2), 5)):
         with pytest.raises(ValueError, match=r"maps of 1 channel and 5 levels, the VQ-VAE's codes, got"):
-            CodePrior(model.vqvae, GatedPixelCNN(shape, levels, channels=3))
+            CodePrior(model.vqvae, GatedPixelCNN(shape, levels, channels=3, head_channels=3))
 
 
 def latent_gan(**options):
