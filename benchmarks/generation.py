@@ -68,7 +68,7 @@ class Sampled(NamedTuple):
 SAMPLED = {
     "PixelCNN, 32 channels, 15 layers": Sampled("pixelcnn", ("model.layers=15",), (1, 4, 16, 64)),
     "Gated PixelCNN, 128 channels, 10 layers": Sampled(
-        "gated_pixelcnn", ("model.channels=128", "model.layers=10"), (1, 4, 16, 64)
+        "gated_pixelcnn", ("model.channels=128", "model.layers=10"), (1, 4, 16)
     ),
     "ImageGPT": Sampled("imagegpt", (), (1, 4, 16)),
     "Row LSTM": Sampled("row_lstm", (), (1, 4, 16, 64)),
