@@ -11,6 +11,7 @@ RUN/samples/             of a generator: samples.npz, and samples.png of images
 import inspect
 import itertools
 import json
+import math
 import os
 import platform
 import subprocess
@@ -39,6 +40,7 @@ from vision3dgen.heads import HEADS, ROI_HEADS, RPNS, SEMANTIC_HEADS, DepthHead
 from vision3dgen.io import load_pointcloud, read_binvox, read_image, save_mesh, save_npz, save_pointcloud, write_png
 from vision3dgen.metrics import (
     EVALUATIONS,
+    Clouds,
     Evaluator,
     Features,
     GenerationEvaluator,
@@ -46,13 +48,15 @@ from vision3dgen.metrics import (
     Pair,
     Scores,
     ShapeEvaluator,
+    ShapeSetEvaluator,
     quantize,
 )
 from vision3dgen.models import DECODERS, MODELS, Classifier, Reconstruction
+from vision3dgen.ops import isosurface, sample_points_from_meshes
 from vision3dgen.parallel import tracked
 from vision3dgen.samples import MAP_PICTURES, visible_cloud
 from vision3dgen.samples import samples as samples
-from vision3dgen.structures import Camera, Frame, Pointclouds
+from vision3dgen.structures import Camera, Frame, GridSpec, Pointclouds
 from vision3dgen.viz import Shown, image_grid, show
 
 PARTS: dict[str, Mapping[str, Callable[..., Any]]] = {  # sections of a model that are built first, in this order
@@ -69,6 +73,7 @@ PARTS: dict[str, Mapping[str, Callable[..., Any]]] = {  # sections of a model th
     "decoder": DECODERS,
 }
 MODEL_FILE = "model.safetensors"  # of a folder that `pretrained.save_pretrained` wrote: a run without checkpoints
+AT_ONCE = 256  # samples that a generator makes at a time: any number of them fits
 GIVEN_TO_PARTS = ("channels", "strides", "layout")  # what parts beside a backbone or an encoder may ask to be given
 GIVEN_TO_TRAINER = ("model", "data", "run_dir", "seed")  # what the experiment passes beside the configuration
 
@@ -448,10 +453,14 @@ class Run:
         if n < 1:
             raise ConfigError(f"n must be at least 1, got {n}")
         options: dict[str, Any] = {} if temperature is None else {"temperature": temperature}
-        if classes:
-            options["cond"] = torch.tensor([classes[i % len(classes)] for i in range(n)], device=device)
-        with torch.no_grad():
-            samples = model.sample(n, generator=torch.Generator().manual_seed(seed), **options).cpu()  # type: ignore[operator]
+        draws, parts = torch.Generator().manual_seed(seed), []
+        for start in range(0, n, AT_ONCE):
+            numbers = range(start, min(start + AT_ONCE, n))
+            if classes:
+                options["cond"] = torch.tensor([classes[i % len(classes)] for i in numbers], device=device)
+            with torch.no_grad():
+                parts.append(model.sample(len(numbers), generator=draws, **options).cpu())  # type: ignore[operator]
+        samples = torch.cat(parts)
         out.mkdir(parents=True, exist_ok=True)
         written = [out / "samples.npz"]
         save_npz(written[0], samples=samples.numpy())
@@ -498,6 +507,8 @@ class Run:
             classifier = Run.open(experiment.evaluation.extractor)
             about["extractor"] = classifier.weights()
             predict = generated(model, extractor(classifier, device), device, experiment.seed)
+        elif isinstance(experiment.evaluation, ShapeSetEvaluator):
+            predict = generated_shapes(model, experiment.evaluation.points, device, experiment.seed)
         else:
             predict = predictor(model, device)
         return score(
@@ -564,6 +575,43 @@ def generated(
         return to_device(Pair(extract(quantize(images)), extract(quantize(made))), torch.device("cpu"))
 
     return predict
+
+
+def generated_shapes(
+    model: nn.Module, points: int, device: torch.device | str, seed: int
+) -> Callable[[Mapping[str, Any]], Clouds]:
+    """Points of the surfaces of a batch and of as many samples of `model`, `points` of each."""
+    if not callable(getattr(model, "sample", None)):
+        raise ConfigError(f"{type(model).__name__} is not a generator: it has no sample()")
+    draws, choices = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
+    grid = getattr(model, "grid", None)
+
+    def predict(batch: Mapping[str, Any]) -> Clouds:
+        real = batch["surface"].points_padded()
+        made = model.sample(len(real), generator=draws).cpu()  # type: ignore[operator]
+        return Clouds(as_clouds(real, points, choices), as_clouds(made, points, choices, grid))
+
+    return predict
+
+
+def as_clouds(
+    shapes: Float[Tensor, "B N 3"] | Float[Tensor, "B D H W"], points: int, generator: torch.Generator,
+    grid: GridSpec | None = None,
+) -> Float[Tensor, "B P 3"]:  # fmt: skip
+    """Clouds thinned out to so many points, or points of the surfaces of occupancies; NaN for one without a surface.
+
+    grid: where the occupancies are, by default the cells of the unit cube around 0.
+    """
+    if shapes.ndim == 3:
+        if shapes.shape[1] < points:
+            raise ValueError(f"clouds have {shapes.shape[1]} points, fewer than the {points} asked for")
+        return torch.stack([each[torch.randperm(len(each), generator=generator)[:points]] for each in shapes])
+    clouds = shapes.new_full((len(shapes), points, 3), math.nan)
+    surfaces = isosurface(shapes, grid or GridSpec.cube(shapes.shape[1]), level=0.5)
+    for number in range(len(shapes)):
+        if not surfaces[number].isempty():
+            clouds[number] = sample_points_from_meshes(surfaces[number], points, generator=generator)[0]
+    return clouds
 
 
 def score(

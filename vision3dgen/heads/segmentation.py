@@ -95,7 +95,7 @@ class PyramidHead(SemanticHead):
         if not 1 <= self.levels <= len(strides):
             raise ValueError(f"levels must be from 1 to {len(strides)}, the backbone's maps, got {levels}")
         used = list(strides)[: self.levels]
-        if any(b != 2 * a for a, b in zip(used, used[1:])):
+        if any(b != 2 * a for a, b in pairwise(used)):
             raise ValueError(f"each stride must be twice the one before, got {used}")
         self.steps = nn.ModuleList()
         for level in range(self.levels):

@@ -91,6 +91,11 @@ from vision3dgen.metrics.shape import point_iou as point_iou
 from vision3dgen.metrics.shape import score_shape as score_shape
 from vision3dgen.metrics.shape import surface_distances as surface_distances
 from vision3dgen.metrics.shape import voxel_iou as voxel_iou
+from vision3dgen.metrics.shape_sets import SHAPE_DISTANCES as SHAPE_DISTANCES
+from vision3dgen.metrics.shape_sets import Clouds as Clouds
+from vision3dgen.metrics.shape_sets import ShapeSetEvaluator as ShapeSetEvaluator
+from vision3dgen.metrics.shape_sets import ShapeSetScores as ShapeSetScores
+from vision3dgen.metrics.shape_sets import compare_sets as compare_sets
 from vision3dgen.metrics.summary import Summary as Summary
 from vision3dgen.metrics.summary import summarize as summarize
 
@@ -98,6 +103,7 @@ EVALUATIONS: dict[str, type[Evaluator]] = {
     "shapes": ShapeEvaluator,
     "classes": ClassEvaluator,
     "captions": CaptionEvaluator,
+    "generated_shapes": ShapeSetEvaluator,
     "generation": GenerationEvaluator,
     "language": LanguageEvaluator,
     "likelihood": LikelihoodEvaluator,
