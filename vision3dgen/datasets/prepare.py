@@ -33,7 +33,7 @@ from vision3dgen.files import atomic_write
 from vision3dgen.io import load_mesh, save_npz, save_obj, write_binvox, write_depth_png, write_png
 from vision3dgen.ops.inside import contains, winding_number
 from vision3dgen.ops.meshes import sample_points_from_meshes
-from vision3dgen.ops.render import GRAY, Rendering, raycast, resolve_renderer
+from vision3dgen.ops.render import GRAY, Rendering, raycast_views, resolve_renderer
 from vision3dgen.parallel import map_in_order
 from vision3dgen.structures import Camera, Frame, GridSpec, Meshes
 
@@ -410,12 +410,13 @@ def _make(loaded: Loaded, source: Source, settings: Settings) -> _Made:
 
     palette = torch.tensor(list(loaded.materials.values()))
     face_colors = palette[loaded.face_material]
-    shots = []
-    for a, e, d in cameras.random((settings.views, 3)).tolist():
-        azimuth, elevation, ratio = round(360 * a, 6), round(25 + 5 * e, 6), round(0.65 + 0.3 * d, 6)
-        camera = Camera.from_r2n2(azimuth, elevation, ratio, settings.image_size)
-        picture = raycast(mesh, camera, face_colors=face_colors, renderer=settings.renderer)
-        shots.append(_Shot(azimuth, elevation, ratio, picture))
+    places = [
+        (round(360 * a, 6), round(25 + 5 * e, 6), round(0.65 + 0.3 * d, 6))
+        for a, e, d in cameras.random((settings.views, 3)).tolist()
+    ]
+    stands = [Camera.from_r2n2(*place, settings.image_size) for place in places]
+    pictures = raycast_views(mesh, stands, face_colors=face_colors, renderer=settings.renderer)
+    shots = [_Shot(*place, picture) for place, picture in zip(places, pictures)]
     return _Made(
         mesh,
         source_frame,
