@@ -300,7 +300,7 @@ def _closing_cones(corners: Float[Tensor, "F 3 3"]) -> tuple[Float[Tensor, "E 3 
     flat = corners.detach().reshape(-1, 3)
     if not len(flat):
         return corners, corners.new_zeros(0)
-    name, position = _places(flat)
+    name, position = places(flat)
     start, end = name, name.view(-1, 3).roll(-1, 1).reshape(-1)
     size = len(flat)
     key = torch.minimum(start, end) * size + torch.maximum(start, end)
@@ -323,8 +323,13 @@ def _closing_cones(corners: Float[Tensor, "F 3 3"]) -> tuple[Float[Tensor, "E 3 
     return cones, net[boundary].double()
 
 
-def _places(points: Float[Tensor, "N 3"]) -> tuple[Int[Tensor, " N"], Int[Tensor, " N"]]:
-    """A number for each place, the same for points that are equal, and for each number one of its points."""
+class Places(NamedTuple):
+    number: Tensor  # (N,) the same for points that are equal
+    point: Tensor  # (M,) one of the points with each number
+
+
+def places(points: Float[Tensor, "N 3"]) -> Places:
+    """The different places among points."""
     order = torch.arange(len(points), device=points.device)
     for axis in (2, 1, 0):
         order = order[points[order, axis].argsort(stable=True)]
@@ -333,9 +338,7 @@ def _places(points: Float[Tensor, "N 3"]) -> tuple[Int[Tensor, " N"], Int[Tensor
     new[1:] = (ordered[1:] != ordered[:-1]).any(1)
     number = torch.empty_like(order)
     number[order] = new.cumsum(0) - 1
-    first = torch.zeros_like(order)
-    first[: int(new.sum())] = order[new]
-    return number, first
+    return Places(number, order[new])
 
 
 def _connected(edges: Int[Tensor, "E 2"], size: int) -> Int[Tensor, " E"]:
