@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vision3dgen.checks import check_finite
 from vision3dgen.ops.inside import nearest_faces, places, winding_number
-from vision3dgen.ops.meshes import MeshesLike, sample_points_from_meshes
+from vision3dgen.ops.meshes import MeshesLike
 from vision3dgen.ops.render import raycast_views
 from vision3dgen.ops.surface import marching_cubes
 from vision3dgen.ops.voxels import voxelize
