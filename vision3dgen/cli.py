@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -272,11 +273,13 @@ def _prepare_shapenet(options: argparse.Namespace) -> int:
     from vision3dgen.datasets import Limits, Settings, prepare_shapenet
     from vision3dgen.parallel import Local, Ray
 
-    chosen = {"steps": tuple(options.steps)} if options.steps else {}
+    settings = Settings(options.seed, options.views, options.points, resolutions=tuple(options.voxels))
+    if options.steps:
+        settings = replace(settings, steps=tuple(options.steps))
     done = prepare_shapenet(
         options.source_folder,
         options.root,
-        Settings(options.seed, options.views, options.points, resolutions=tuple(options.voxels), **chosen),
+        settings,
         engine=Ray(options.address, options.workers) if options.engine == "ray" else Local(options.workers),
         limits=Limits(options.time_limit, options.memory_limit),
         again=options.again,

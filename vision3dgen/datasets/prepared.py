@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -338,7 +338,7 @@ def _near(solid: Meshes, count: int, stream: np.random.Generator) -> np.ndarray:
 
 def _distances(solid: Meshes, points: Tensor, inside: Tensor, renderer: str) -> np.ndarray:
     """(N,) float32 signed distances, negative inside."""
-    finder = "open3d" if renderer == "open3d" else "torch"
+    finder: Literal["torch", "open3d"] = "open3d" if renderer == "open3d" else "torch"
     distances = nearest_faces(solid.verts_packed(), solid.faces_packed(), points, finder=finder).distances
     return torch.where(inside, -distances, distances).float().numpy()
 

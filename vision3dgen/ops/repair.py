@@ -75,8 +75,8 @@ def repair(meshes: MeshesLike) -> Repaired:
         doubled=doubled,
         turned=int(turned.sum()),
         shells=int(shell.max()) + 1 if len(shell) else 0,
-        boundary_edges=int((edges.count == 1).sum()),
-        branching_edges=int((edges.count > 2).sum()),
+        boundary_edges=int((edges.sides == 1).sum()),
+        branching_edges=int((edges.sides > 2).sum()),
         watertight=not bool(edges.net.any()),
     )
     return Repaired(Meshes([meshes.verts_packed()], [mended]), kept, report)
@@ -88,7 +88,7 @@ def repair(meshes: MeshesLike) -> Repaired:
 class _Edges(NamedTuple):
     which: Tensor  # (3 F,) edge of each side of a face, a face's three sides in a row
     forth: Tensor  # (3 F,) whether the side runs from the lower number to the higher one
-    count: Tensor  # (E,) sides
+    sides: Tensor  # (E,) how many there are
     net: Tensor  # (E,) sides that run forth less those that run back
 
 
@@ -104,7 +104,7 @@ def _edges(place: Int[Tensor, "F 3"]) -> _Edges:
     return _Edges(which, forth, count, net)
 
 
-def _first_of_equals(rows: Int[Tensor, "F 3"]) -> Int[Tensor, " F"]:
+def _first_of_equals(rows: Int[Tensor, "F 3"]) -> Int[Tensor, " G"]:
     """The first of each group of equal rows, in order."""
     if not len(rows):
         return rows.new_zeros(0)
@@ -153,7 +153,7 @@ def _disagreement(
 ) -> tuple[Bool[Tensor, " F"], Int[Tensor, " F"]]:
     """Whether each face disagrees with its shell's first one, followed along the flattest edges; and the shells."""
     edges = _edges(place)
-    shared = edges.count[edges.which] == 2
+    shared = edges.sides[edges.which] == 2
     order = edges.which[shared].argsort(stable=True)
     sides = shared.nonzero()[:, 0][order].view(-1, 2)  # two sides of each edge of two faces
     one, two = (sides // 3).unbind(1)
