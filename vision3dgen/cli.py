@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,19 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     meshes.add_argument("source_folder", type=Path, metavar="IN")
     meshes.add_argument("root", type=Path, metavar="OUT")
+    shapenet = _command(
+        sources, "shapenet", _prepare_shapenet, "ShapeNetCore v1 or v2, dirty meshes included",
+        "vision3dgen prepare shapenet ShapeNetCore.v2/ data/shapenet --workers 16",
+    )  # fmt: skip
+    shapenet.add_argument("source_folder", type=Path, metavar="IN")
+    shapenet.add_argument("root", type=Path, metavar="OUT")
+    shapenet.add_argument("--engine", choices=("local", "ray"), default="local", help="default: local")
+    shapenet.add_argument("--address", help="of a Ray cluster, such as auto (default: a new one of this machine)")
+    shapenet.add_argument("--steps", nargs="+", help="default: all but watertight")
+    shapenet.add_argument("--voxels", type=int, nargs="+", default=[32], help="resolutions (default: 32)")
+    shapenet.add_argument("--time-limit", type=float, default=600, help="seconds for each model (default: 600)")
+    shapenet.add_argument("--memory-limit", type=int, default=4096, help="MiB for each model (default: 4096)")
+    shapenet.add_argument("--again", action="store_true", help="try rejected models once more")
     scenes = _command(
         sources, "scenes", _prepare_scenes, "scenes of generated shapes, with captions",
         "vision3dgen prepare scenes data/scenes --scenes 2000 --seed 0",
@@ -86,10 +100,10 @@ def _parser() -> argparse.ArgumentParser:
     scenes.add_argument("--image-size", type=int, default=96, help="side of the pictures (default: 96)")
     scenes.add_argument("--sentences", type=int, default=10_000, help="about scenes not drawn (default: 10000)")
     scenes.add_argument("--objects", type=int, help="rooms with at most so many, for detectors, without captions")
-    for each in (procedural, meshes):
+    for each in (procedural, meshes, shapenet):
         each.add_argument("--views", type=int, default=24, help="renderings per shape (default: 24)")
         each.add_argument("--points", type=int, default=100_000, help="samples per shape (default: 100000)")
-    for each in (procedural, meshes, scenes):
+    for each in (procedural, meshes, shapenet, scenes):
         each.add_argument("--seed", type=int, default=0)
         each.add_argument("--workers", type=int, default=1, help="processes; the bytes written do not depend on it")
 
@@ -302,6 +316,25 @@ def _prepare_meshes(options: argparse.Namespace) -> int:
         points=options.points,
         seed=options.seed,
         workers=options.workers,
+    )
+    print(done)
+    return 1 if done.rejected else 0
+
+
+def _prepare_shapenet(options: argparse.Namespace) -> int:
+    from vision3dgen.datasets import Limits, Settings, prepare_shapenet
+    from vision3dgen.parallel import Local, Ray
+
+    settings = Settings(options.seed, options.views, options.points, resolutions=tuple(options.voxels))
+    if options.steps:
+        settings = replace(settings, steps=tuple(options.steps))
+    done = prepare_shapenet(
+        options.source_folder,
+        options.root,
+        settings,
+        engine=Ray(options.address, options.workers) if options.engine == "ray" else Local(options.workers),
+        limits=Limits(options.time_limit, options.memory_limit),
+        again=options.again,
     )
     print(done)
     return 1 if done.rejected else 0

@@ -145,8 +145,8 @@ class ResNet(Backbone):
     stem: "imagenet" (7x7 of stride 2, then pooling: strides 4, 8, 16, 32) or "small" for images of 28 to 64 pixels
     (3x3 of stride 1, no pooling: strides 1, 2, 4, 8). widths: of the stages. dilated: which of them, but the first,
     replace their stride by a dilation of the 3x3 convolutions that follow, so that maps stay fine for one class by
-    pixel (Chen et al. 2017, arXiv:1706.05587); torchvision's `replace_stride_with_dilation`. With pre-activation blocks the last map is
-    normalized and rectified once more, as in the paper; the others are the sums themselves.
+    pixel (Chen et al. 2017, arXiv:1706.05587); torchvision's `replace_stride_with_dilation`. With pre-activation blocks
+    the last map is normalized and rectified once more, as in the paper; the others are the sums themselves.
     Differs: the first activation is the first block's own, and its shortcut, where the identity, comes before it.
     """
 

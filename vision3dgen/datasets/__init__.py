@@ -12,6 +12,8 @@ from vision3dgen.datasets.captions import Captions as Captions
 from vision3dgen.datasets.coco import COCODetection as COCODetection
 from vision3dgen.datasets.coco import COCOPanoptic as COCOPanoptic
 from vision3dgen.datasets.collate import collate as collate
+from vision3dgen.datasets.damage import DAMAGES as DAMAGES
+from vision3dgen.datasets.damage import damage as damage
 from vision3dgen.datasets.depth import KITTIDepth as KITTIDepth
 from vision3dgen.datasets.depth import NYUDepth as NYUDepth
 from vision3dgen.datasets.depth import NYUDepthScenes as NYUDepthScenes
@@ -46,6 +48,10 @@ from vision3dgen.datasets.pix3d import Pix3D as Pix3D
 from vision3dgen.datasets.prepare import Prepared as Prepared
 from vision3dgen.datasets.prepare import prepare_meshes as prepare_meshes
 from vision3dgen.datasets.prepare import prepare_procedural as prepare_procedural
+from vision3dgen.datasets.prepare import prepare_shapenet as prepare_shapenet
+from vision3dgen.datasets.prepared import Limits as Limits
+from vision3dgen.datasets.prepared import Settings as Settings
+from vision3dgen.datasets.prepared import Watertight as Watertight
 from vision3dgen.datasets.preprocess import PCA as PCA
 from vision3dgen.datasets.preprocess import PREPROCESSING as PREPROCESSING
 from vision3dgen.datasets.preprocess import Normalize as Normalize
@@ -97,4 +103,5 @@ PREPARE: dict[str, Callable[..., Any]] = {
     "procedural": prepare_procedural,
     "meshes": prepare_meshes,
     "scenes": prepare_scenes,
+    "shapenet": prepare_shapenet,
 }
