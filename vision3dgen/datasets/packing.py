@@ -146,7 +146,7 @@ def unpack(
                     continue
                 arrays = {field: reader.read(model, field) for field in reader.fields if reader.has(model, field)}
                 left_out |= set(arrays) - set(target.writes)
-                target.write(out, model, {name: each for name, each in arrays.items() if name in target.writes})
+                target.write(out, model, arrays)
                 written.add(model)
     if splits is not None:
         division = SplitManifest(

@@ -369,7 +369,7 @@ def composite(picture: np.ndarray, background: Sequence[float], size: int | None
     """(3, H, W) uint8 of a picture (H, W, 3) or (H, W, 4) over a background, resized (antialiased) to a side."""
     if picture.shape[2] == 3 and size in (None, picture.shape[0]) and picture.shape[0] == picture.shape[1]:
         return picture.transpose(2, 0, 1)
-    rgb = picture[..., :3].astype(np.float32)
+    rgb: np.ndarray = picture[..., :3].astype(np.float32)
     if picture.shape[2] == 4:
         alpha = picture[..., 3:].astype(np.float32) / 255
         rgb = picture[..., :3] * alpha + np.array(background, np.float32) * 255 * (1 - alpha)

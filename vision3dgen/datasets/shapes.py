@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vision3dgen.checks import check_choice
-from vision3dgen.datasets.layouts import Packed, find_layout, open_layout
+from vision3dgen.datasets.layouts import Layout, Packed, find_layout, open_layout
 from vision3dgen.datasets.layouts.layout import RENDER_SIZE, camera_of
 from vision3dgen.datasets.procedural import CATEGORIES
 from vision3dgen.datasets.shape_items import PER_VIEW, Arrays, InputCloud, Model, Problem, ShapeItems, item_id
@@ -64,6 +64,7 @@ class Shapes(ShapeItems):
             cache=False,
             seed=seed,
         )
+        self.layout: Layout
         if layout == "packed" or (layout is None and find_layout(root) == "packed"):
             self.layout = self._open_packed(root, split, manifest, verify)
         else:
@@ -170,15 +171,15 @@ class Shapes(ShapeItems):
         return numbers
 
     def check(self) -> list[Problem]:
-        """Read every item once, of a packed store compare every checksum, and list what is missing or broken.
+        """Read every item once, of a packed store compare the checksums of its fields, and list what is broken.
 
         What was not asked for is listed too where a model lacks what others have, as not required.
         """
         problems = self._missing()
         if isinstance(self.layout, Packed):
-            problems += self.layout.check()
+            problems += self.layout.check(map(self._source, self.fields))
         others = set(self.layout.fields) - set(map(self._source, self.fields))
-        for field in () if isinstance(self.layout, Packed) else sorted(others):
+        for field in [] if isinstance(self.layout, Packed) else sorted(others):
             paths = {model: self.layout.missing(model, field) for model in self.models}
             if any(path is None for path in paths.values()):
                 for model, path in paths.items():

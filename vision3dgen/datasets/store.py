@@ -164,7 +164,7 @@ class Store:
             if verified[chunk]:
                 continue
             at = origin + (chunk - first) * CHUNK
-            if zlib.crc32(self._maps[name][at : min(at + CHUNK, stop)]) != entry.checksums[chunk]:
+            if zlib.crc32(self._maps[name][at : min(at + CHUNK, stop)].data) != entry.checksums[chunk]:
                 file = self.folder / _file_of(name)
                 raise FileError(
                     f"{file}: item {self.models[row]}, {name}: the checksum of bytes {at} to {min(at + CHUNK, stop)} "
@@ -172,10 +172,12 @@ class Store:
                 )
             verified[chunk] = True
 
-    def check(self) -> list[Problem]:
-        """Compare every checksum; what differs, by item and array."""
+    def check(self, names: Sequence[str] | None = None) -> list[Problem]:
+        """Compare every checksum of the arrays named, of all by default; what differs, by item and array."""
         problems = []
         for name, entry in self._entries.items():
+            if names is not None and name not in names:
+                continue
             self._verified[name][:] = False
             for row, model in enumerate(self.models):
                 try:

@@ -1,9 +1,12 @@
 """A data folder: which parts of the public layouts it has, and every file read once."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from vision3dgen.datasets import LAYOUTS, ShapeNet, Shapes, SplitManifest, find_layout
+from vision3dgen.datasets import LAYOUTS, ShapeNet, Shapes, SplitManifest, find_layout, open_layout
+from vision3dgen.datasets.layouts import Packed
+from vision3dgen.datasets.shape_items import Model, Problem
 from vision3dgen.datasets.shapenet import FIELDS, FOLDERS, pieces_of
 from vision3dgen.doctor.finding import Finding
 
@@ -21,8 +24,7 @@ def examine_folder(folder: str | os.PathLike[str]) -> list[Finding]:
         raise ValueError(f"{root} is not a folder")
     layout = find_layout(root)
     if layout is not None and layout != "shapenet":
-        fields = sorted(set(FIELDS) & set(LAYOUTS[layout](root).fields), key=FIELDS.index)
-        return [_examine_field(root, name, Shapes) for name in fields]
+        return _examine_layout(root, layout)
     there = {piece for piece, names in FOLDERS.items() if any((root / name).is_dir() for name in names)}
     if not there:
         known = ", ".join(name for names in FOLDERS.values() for name in names)
@@ -38,17 +40,40 @@ def examine_folder(folder: str | os.PathLike[str]) -> list[Finding]:
     return [*findings, *(_examine_manifest(root, path) for path in sorted((root / "splits").glob("*.json")))]
 
 
+def _examine_layout(root: Path, name: str) -> list[Finding]:
+    try:
+        layout = open_layout(root, name)
+        models = [Model(synset, model) for synset, ids in layout.members().items() for model in ids]
+    except ValueError as error:
+        return [Finding("data", "fail", str(error))]
+    fields = sorted(set(FIELDS) & set(layout.fields), key=FIELDS.index)
+    packed = []
+    if isinstance(layout, Packed):
+        others = [field for field in layout.fields if field not in FIELDS]
+        packed = [_judged(field, layout.check([field]), f"{len(models)} models") for field in others]
+    return packed + [
+        _examine_field(root, field, Shapes)
+        if any(layout.has(model, field) for model in models)
+        else Finding(field, "info", f"no model in {root} has it")
+        for field in fields
+    ]
+
+
 def _examine_field(root: Path, name: str, reader: type[ShapeNet] | type[Shapes] = ShapeNet) -> Finding:
     try:
         data = reader(root, "all", fields=(name,))
     except ValueError as error:
         return Finding(name, "fail", str(error))
     problems = [problem for problem in data.check() if problem.required]
+    return _judged(name, problems, f"{len(data)} items" + (f" of {len(data.models)} models" if not problems else ""))
+
+
+def _judged(name: str, problems: Sequence[Problem], read: str) -> Finding:
     if not problems:
-        return Finding(name, "ok", f"{len(data)} items of {len(data.models)} models read")
+        return Finding(name, "ok", f"{read} read")
     listed = [f"{problem.item}: {problem.file}: {problem.reason}" for problem in problems]
     more = [f"and {len(listed) - SHOWN} more"] if len(listed) > SHOWN else []
-    message = "\n".join([f"{len(listed)} problems in {len(data)} items", *listed[:SHOWN], *more])
+    message = "\n".join([f"{len(listed)} problems in {read}", *listed[:SHOWN], *more])
     fix = "prepare these models again, or leave them out with data.on_error=skip"
     return Finding(name, "fail", message, fix, {"problems": listed})
 

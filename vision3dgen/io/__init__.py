@@ -20,6 +20,7 @@ from vision3dgen.io.convert import to_open3d as to_open3d
 from vision3dgen.io.convert import to_pyg as to_pyg
 from vision3dgen.io.convert import to_pytorch3d as to_pytorch3d
 from vision3dgen.io.convert import to_trimesh as to_trimesh
+from vision3dgen.io.images import has_alpha as has_alpha
 from vision3dgen.io.images import read_depth_png as read_depth_png
 from vision3dgen.io.images import read_image as read_image
 from vision3dgen.io.images import read_index_png as read_index_png

@@ -40,6 +40,15 @@ def read_index_png(path: str | os.PathLike[str], size: tuple[int, int] | None = 
     return np.array(image)
 
 
+def has_alpha(path: str | os.PathLike[str]) -> bool:
+    """Whether a picture has an alpha channel or a transparent colour; only its header is read."""
+    try:
+        with Image.open(path) as image:
+            return "A" in image.getbands() or "transparency" in image.info
+    except Image.UnidentifiedImageError as error:
+        raise FileError(f"{path}: not an image") from error
+
+
 def write_png(path: str | os.PathLike[str], image: Any) -> None:
     """Write (H, W), (H, W, 3) or (H, W, 4), uint8 or bool, as PNG, atomically; equal pictures give equal bytes."""
     pixels = np.asarray(image)

@@ -67,7 +67,7 @@ class DeepSDF(Layout):
 
     def path(self, model: Model, field: str) -> Path:
         folder, suffix = {"sdf": (SAMPLES, "npz"), "surface": (SURFACES, "ply"), "frame": (PARAMETERS, "npz")}[field]
-        return safe_join(self.root, f"{folder}/{self.sources.get(tuple(model), SOURCE)}/{model}.{suffix}")
+        return safe_join(self.root, f"{folder}/{self.sources.get((model.synset, model.id), SOURCE)}/{model}.{suffix}")
 
     def missing(self, model: Model, field: str) -> str | None:
         path = self.path(model, field)

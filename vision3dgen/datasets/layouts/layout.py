@@ -93,7 +93,7 @@ class Layout(ABC):
 
     @classmethod
     def write(cls, root: Path, model: Model, arrays: Mapping[str, Arrays]) -> None:
-        """Write a model's fields; those that are not in `writes` are left out.
+        """Write a model's fields; those that are not in `writes` are left out, though what is written may need them.
 
         Raises ValueError naming the field that the layout cannot do without.
         """

@@ -23,7 +23,7 @@ from vision3dgen.datasets.manifest import SPLITS, SplitManifest
 from vision3dgen.datasets.shape_items import Arrays, Model
 from vision3dgen.datasets.splits import onet_split
 from vision3dgen.files import FileError
-from vision3dgen.io import load_npz, read_binvox, read_image, save_npz, write_binvox, write_png
+from vision3dgen.io import has_alpha, load_npz, read_binvox, read_image, save_npz, write_binvox, write_png
 
 PICTURE_FOLDER = "img_choy2016"
 FILES = {"points": "points.npz", "surface": "pointcloud.npz", "sdf": "sdf.npz", "voxels": "model.binvox"}
@@ -185,7 +185,7 @@ class ConvONetRooms(Layout):
 
 
 def _read_picture(path: Path) -> np.ndarray:
-    return read_image(path, mode="RGBA" if path.suffix.lower() == ".png" else "RGB")
+    return read_image(path, mode="RGBA" if has_alpha(path) else "RGB")
 
 
 def read_cameras(path: Path, numbers: list[int]) -> dict[str, np.ndarray]:

@@ -1,6 +1,7 @@
 """The packed store as a layout: STORE/train, STORE/val, STORE/test, and the manifest of their split."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,8 @@ class Packed(Layout):
     def read_view(self, model: Model, field: str, index: int) -> np.ndarray:
         return self._of[model].read_part(model, f"{field}/{field}", index)
 
-    def check(self) -> list[Problem]:
-        """Compare all checksums."""
-        return [problem for store in self.stores for problem in store.check()]
+    def check(self, fields: Iterable[str] | None = None) -> list[Problem]:
+        """Compare all checksums of fields, by default of all."""
+        chosen = self.fields if fields is None else [field for field in fields if field in self.fields]
+        names = [name for field in chosen for name in self._keys[field].values()]
+        return [problem for store in self.stores for problem in store.check(names)]

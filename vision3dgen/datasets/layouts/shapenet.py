@@ -150,10 +150,9 @@ class ShapeNetFolders(Layout):
         for field in PICTURES:
             if field not in arrays:
                 continue
-            if field != "image":
-                folder = model_folder(root, FOLDERS["geometry"][0], *model)
+            place = folder if field == "image" else model_folder(root, FOLDERS["geometry"][0], *model)
             for number, picture in zip(numbers, arrays[field][field]):
-                path = folder / (f"{number:02d}.png" if field == "image" else f"{number:02d}_{field}.png")
+                path = place / (f"{number:02d}.png" if field == "image" else f"{number:02d}_{field}.png")
                 if field == "depth":
                     write_depth_png(path, picture, units_per_metre=1.0)
                 else:
