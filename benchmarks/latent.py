@@ -19,7 +19,7 @@ from vision3dgen.experiment import Run, extractor
 from vision3dgen.files import atomic_write
 from vision3dgen.generators import GAN, VAE
 from vision3dgen.metrics import GenerationEvaluator, Pair, quantize
-from vision3dgen.viz import gallery, image_grid
+from vision3dgen.viz import gallery, image_grid, latent_traversals
 
 
 def main() -> int:
@@ -124,7 +124,7 @@ def draw(run: Run, out: Path, columns: int) -> None:
         start = model.encode(images[:1], None if labels is None else labels[:1]).mean
         values = torch.linspace(-2.5, 2.5, columns).tolist()
         moved = model.traverse(start, used, values, cond=None if labels is None else labels[:1])
-        save(moved[0].flatten(0, 1), out / f"{name}_traversal.png", columns)
+        latent_traversals(moved[0], values, [str(latent) for latent in used], out / f"{name}_traversal.png")
 
 
 def color(image: Tensor) -> Tensor:

@@ -595,3 +595,202 @@ def cell_maxima(features, points, axes, resolution, padding):
         own = [feature for feature, other in zip(features, cells) if other == cell]
         rows.append([max(float(feature[c]) for feature in own) for c in range(features.shape[1])])
     return torch.tensor(rows, dtype=features.dtype)
+
+
+def box_overlap(a, b):
+    """Intersection over union, and the generalized one, of two boxes (x0, y0, x1, y1) as Python numbers."""
+    sides = [max(box[2 + axis] - box[axis], 0.0) for box in (a, b) for axis in (0, 1)]
+    shared = max(min(a[2], b[2]) - max(a[0], b[0]), 0.0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0.0)
+    union = sides[0] * sides[1] + sides[2] * sides[3] - shared
+    around = max(max(a[2], b[2]) - min(a[0], b[0]), 0.0) * max(max(a[3], b[3]) - min(a[1], b[1]), 0.0)
+    iou = shared / union if union > 0 else 0.0
+    return iou, iou - ((around - union) / around if around > 0 else 0.0)
+
+
+def nms(boxes, scores, threshold, groups=None):
+    """Indices kept by going through the boxes from the highest score down."""
+    kept = []
+    for index in sorted(range(len(boxes)), key=lambda i: (-float(scores[i]), i)):
+        rivals = [other for other in kept if groups is None or int(groups[other]) == int(groups[index])]
+        if all(box_overlap(boxes[other].tolist(), boxes[index].tolist())[0] <= threshold for other in rivals):
+            kept.append(index)
+    return kept
+
+
+def soft_nms(boxes, scores, threshold, method, sigma, least):
+    """Indices and scores by taking the highest of a shrinking list and lowering the rest."""
+    left, taken = {i: float(s) for i, s in enumerate(scores) if float(s) >= least}, []
+    while left:
+        best = max(left, key=lambda i: (left[i], -i))
+        taken.append((best, left.pop(best)))
+        for other in list(left):
+            overlap = box_overlap(boxes[best].tolist(), boxes[other].tolist())[0]
+            if method == "gaussian":
+                left[other] *= math.exp(-(overlap**2) / sigma)
+            elif overlap > threshold:
+                left[other] *= 1 - overlap
+            if left[other] < least:
+                del left[other]
+    return taken
+
+
+def _bilinear(image, y, x):
+    """A value between pixels whose centers are whole numbers; 0 more than a pixel outside, else the border's."""
+    height, width = image.shape
+    if y < -1 or y > height or x < -1 or x > width:
+        return 0.0
+    y, x = min(max(y, 0.0), height - 1.0), min(max(x, 0.0), width - 1.0)
+    top, left = math.floor(y), math.floor(x)
+    value = 0.0
+    for row, down in ((top, 1 - (y - top)), (min(top + 1, height - 1), y - top)):
+        for column, across in ((left, 1 - (x - left)), (min(left + 1, width - 1), x - left)):
+            value += down * across * float(image[row, column])
+    return value
+
+
+def roi_align(maps, regions, size, scale, ratio, aligned):
+    """Every sample of every bin of every channel of every region, one after the other."""
+    height, width = size
+    pooled = torch.zeros(len(regions), maps.shape[1], height, width, dtype=torch.float64)
+    for r, region in enumerate(regions.tolist()):
+        x0, y0, x1, y1 = (value * scale - (0.5 if aligned else 0.0) for value in region[1:])
+        wide, tall = (x1 - x0, y1 - y0) if aligned else (max(x1 - x0, 1.0), max(y1 - y0, 1.0))
+        bin_w, bin_h = wide / width, tall / height
+        count_y, count_x = (ratio, ratio) if ratio > 0 else (math.ceil(bin_h), math.ceil(bin_w))
+        for c in range(maps.shape[1]):
+            image = maps[int(region[0]), c]
+            for i in range(height):
+                for j in range(width):
+                    total = 0.0
+                    for a in range(count_y):
+                        for b in range(count_x):
+                            y = y0 + i * bin_h + (a + 0.5) * bin_h / count_y
+                            x = x0 + j * bin_w + (b + 0.5) * bin_w / count_x
+                            total += _bilinear(image, y, x)
+                    pooled[r, c, i, j] = total / max(count_y * count_x, 1)
+    return pooled
+
+
+def roi_pool(maps, regions, size, scale):
+    """The largest pixel of every bin, 0 for a bin without one."""
+    height, width = size
+    pooled = torch.zeros(len(regions), maps.shape[1], height, width, dtype=torch.float64)
+    for r, region in enumerate(regions.tolist()):
+        # halves away from zero
+        x0, y0, x1, y1 = (math.copysign(math.floor(abs(value * scale) + 0.5), value) for value in region[1:])
+        wide, tall = max(x1 - x0 + 1, 1), max(y1 - y0 + 1, 1)
+        for i in range(height):
+            for j in range(width):
+                rows = range(math.floor(i * tall / height) + int(y0), math.ceil((i + 1) * tall / height) + int(y0))
+                columns = range(math.floor(j * wide / width) + int(x0), math.ceil((j + 1) * wide / width) + int(x0))
+                rows = [y for y in rows if 0 <= y < maps.shape[2]]
+                columns = [x for x in columns if 0 <= x < maps.shape[3]]
+                for c in range(maps.shape[1]):
+                    values = [float(maps[int(region[0]), c, y, x]) for y in rows for x in columns]
+                    pooled[r, c, i, j] = max(values, default=0.0)
+    return pooled
+
+
+def paste_mask(mask, box, size):
+    """One mask in a border of zeros, resized to its grown box pixel by pixel, and put into an image."""
+    rows, columns = mask.shape
+    padded = torch.zeros(rows + 2, columns + 2, dtype=torch.float64)
+    padded[1:-1, 1:-1] = mask
+    x0, y0, x1, y1 = box
+    half_x, half_y = (x1 - x0) / 2 * (columns + 2) / columns, (y1 - y0) / 2 * (rows + 2) / rows
+    left, right = int((x0 + x1) / 2 - half_x), int((x0 + x1) / 2 + half_x)
+    top, bottom = int((y0 + y1) / 2 - half_y), int((y0 + y1) / 2 + half_y)
+    wide, tall = max(right - left + 1, 1), max(bottom - top + 1, 1)
+    image = torch.zeros(size, dtype=torch.float64)
+    for y in range(tall):
+        for x in range(wide):
+            if 0 <= top + y < size[0] and 0 <= left + x < size[1]:
+                at_y = min(max((y + 0.5) * (rows + 2) / tall - 0.5, 0), rows + 1)
+                at_x = min(max((x + 0.5) * (columns + 2) / wide - 0.5, 0), columns + 1)
+                image[top + y, left + x] = _bilinear(padded, at_y, at_x)
+    return image
+
+
+def assign(boxes, objects, positive, negative, nearest):
+    """The number of the object of each box, -1 background, -2 ignored, from one overlap at a time."""
+    overlaps = [[box_overlap(box.tolist(), thing.tolist())[0] for thing in objects] for box in boxes]
+    assigned = []
+    for row in overlaps:
+        best = max(row, default=0.0)
+        own = row.index(best) if row else -1
+        is_nearest = nearest and any(
+            value > 0 and value == max(other[k] for other in overlaps) for k, value in enumerate(row)
+        )
+        assigned.append(own if row and (best >= positive or is_nearest) else -1 if best < negative else -2)
+    return assigned
+
+
+def average_precision(images, threshold, recalls):
+    """AP of one class at one threshold by PASCAL VOC's rule, with nothing but loops.
+
+    images: (detections [(score, box)], truths [(box, difficult)]) each. recalls: 11, or None for the area.
+    """
+
+    def iou(a, b):
+        width = min(a[2], b[2]) - max(a[0], b[0])
+        height = min(a[3], b[3]) - max(a[1], b[1])
+        shared = max(width, 0) * max(height, 0)
+        return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
+
+    everything = [(score, box, image) for image, (found, _) in enumerate(images) for score, box in found]
+    objects = sum(not difficult for _, truths in images for _, difficult in truths)
+    taken, curve, tp, fp = set(), [], 0, 0
+    for _, box, image in sorted(everything, key=lambda one: -one[0]):
+        best, which = 0.0, None
+        for number, (truth, _) in enumerate(images[image][1]):
+            if iou(box, truth) > best:
+                best, which = iou(box, truth), number
+        if which is not None and best >= threshold:
+            if images[image][1][which][1]:
+                continue
+            if (image, which) not in taken:
+                taken.add((image, which))
+                tp += 1
+            else:
+                fp += 1
+        else:
+            fp += 1
+        curve.append((tp, tp / objects, tp / (tp + fp)))
+    if recalls is not None:
+        at = [k / (recalls - 1) for k in range(recalls)]
+        return sum(max([p for _, r, p in curve if r >= level], default=0.0) for level in at) / recalls
+    area = 0.0
+    for number in range(1, tp + 1):
+        area += max(p for t, _, p in curve if t >= number) / objects
+    return area
+
+
+def panoptic_matches(found, found_labels, true, true_labels, crowd):
+    """Matches (class, IoU), classes missed and classes wrong of one image, pixel by pixel; 0 is no segment."""
+
+    def pixels(grid, number):
+        return {(i, j) for i, row in enumerate(grid) for j, value in enumerate(row) if value == number}
+
+    void = pixels(true, 0)
+    matched, missed, wrong, used = [], [], [], set()
+    for t, label in enumerate(true_labels, start=1):
+        segment = pixels(true, t)
+        if not segment or crowd[t - 1]:
+            continue
+        for f, found_label in enumerate(found_labels, start=1):
+            other = pixels(found, f)
+            union = (segment | other) - (other & void)
+            if found_label == label and union and len(segment & other) / len(union) > 0.5:
+                matched.append((label, len(segment & other) / len(union)))
+                used.add(f)
+                break
+        else:
+            missed.append(label)
+    for f, label in enumerate(found_labels, start=1):
+        other = pixels(found, f)
+        if not other or f in used:
+            continue
+        crowds = [pixels(true, t) for t, own in enumerate(true_labels, start=1) if own == label and crowd[t - 1]]
+        if len(other & set().union(void, *crowds)) <= len(other) / 2:
+            wrong.append(label)
+    return matched, missed, wrong

@@ -24,7 +24,8 @@ from vision3dgen.generators import (
     RowLSTMPixelRNN,
 )
 from vision3dgen.generators.likelihoods import inverse_cdf, to_images, to_values
-from vision3dgen.generators.masked import POINT, Reach, center_mask, square
+from vision3dgen.generators.masked import POINT, CausalUpsample2d, Reach, center_mask, square
+from vision3dgen.generators.pixelcnnpp import GatedResNet
 from vision3dgen.generators.pixelrnn import DiagonalBiLSTM, RowLSTM, skew, unskew
 
 SMALL = {
@@ -277,7 +278,12 @@ def pixel_by_pixel(layer, x, first_rows: int = 0):
         y = layer(x[:, :, :first_rows], cache)
         out |= {(r, c): y[:, :, r, c] for r in range(y.shape[2]) for c in range(y.shape[3])}
     for row, column in itertools.product(range(first_rows, height), range(width)):
-        y = layer(x[:, :, row : row + 1, column : column + 1], cache.at(row, column))
+        if isinstance(layer, CausalConv2d):
+            y = layer(x[:, :, row : row + 1, column : column + 1], cache.at(row, column))
+        else:
+            step = layer.pixels(len(x), cache.at(row)) if column == 0 else step
+            step(torch.full_like(x[:, :, row, column], 0.7), column)  # which another call for the pixel replaces
+            y = step(x[:, :, row, column], column).clone()[:, :, None, None]
         if y is not None:
             stride = getattr(layer, "stride", 1)
             out[row // stride, column // stride] = y[:, :, 0, 0]
@@ -349,17 +355,19 @@ def cached_outputs(model: Autoregressive, images: torch.Tensor, cond, first_rows
         out[:, :, :first_rows] = model.horizontal(x[:, :, :first_rows], top, cond, cache)
     for row in range(first_rows, images.shape[2]):
         rows = model.vertical(shifted[:, :, row : row + 1], cond, cache.at(row))
+        pixels = model.begin_row(len(x), rows, cond, cache.at(row))
         for column in range(images.shape[3]):
-            place, pixel = cache.at(row, column), torch.full_like(x[:, :, :1, :1], 0.7)
+            pixel = torch.full_like(x[:, :, 0, 0], 0.7)
             for step in range(model.likelihood.steps):
-                outputs = model.horizontal(pixel, rows, cond, place)[:, :, 0, 0]
+                outputs = pixels.step(pixel, column)
                 if model.likelihood.steps > 1:
                     part = slice(step * model.likelihood.levels, (step + 1) * model.likelihood.levels)
                     out[:, part, row, column] = outputs[:, part]
-                    pixel[:, step] = x[:, step, row : row + 1, column : column + 1]
+                    pixel = pixel.clone()
+                    pixel[:, step] = x[:, step, row, column]
                 else:
                     out[:, :, row, column] = outputs
-            model.observe(x[:, :, row : row + 1, column : column + 1], place)
+            pixels.observe(x[:, :, row, column], column)
     return out
 
 
@@ -566,3 +574,69 @@ def test_bad_arguments_of_the_sampler():
 def test_models_that_cannot_be_built(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", ["pixelcnnpp", "pixelsnail"])
+def test_weight_normalization_starts_from_the_first_batch(name):
+    model = small(name, (1, 5, 7), 4, classes=2)
+    batch = {"image": random_images(6, (1, 5, 7), 4), "label": torch.tensor([0, 1] * 3)}
+    model.eval().loss(batch)
+    assert not model.started
+    model.train().loss(batch)
+    assert model.started
+    seconds = {id(module.second) for module in model.modules() if isinstance(module, GatedResNet)}
+    seen = []
+
+    def look(layer, _, out):
+        of = out.transpose(0, 1).flatten(1)
+        deviation = of.std(1, correction=0)
+        alive = deviation > 1e-3  # a channel that does not vary has no scale to set
+        seen.append((of.mean(1).abs().max().item(), deviation[alive] / (0.1 if id(layer) in seconds else 1.0)))
+
+    for module in model.modules():
+        if isinstance(module, CausalConv2d | CausalUpsample2d):
+            module.register_forward_hook(look)
+    with torch.no_grad():
+        model.eval()(batch["image"], batch["label"])
+    assert len(seen) > 8
+    assert max(mean for mean, _ in seen) < 1e-4
+    for _, deviations in seen:
+        torch.testing.assert_close(deviations, torch.ones_like(deviations), atol=1e-2, rtol=0)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model.train().loss({"image": batch["image"].flip(0), "label": batch["label"]})
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())  # once only
+
+
+# ------------------------------------------------------------------------------------------------ embedded levels
+
+
+def test_levels_can_be_read_as_vectors():
+    """Causal, equal from the cache, and of any order of the levels: numbers of codes mean nothing."""
+    torch.manual_seed(3)
+    model = GatedPixelCNN((1, 5, 3), 7, channels=4, layers=2, head_channels=4, classes=2, embedding=6).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.4 * torch.randn_like(parameter))
+    images, cond = random_images(2, (1, 5, 3), 7), torch.tensor([1, 0])
+    with torch.no_grad():
+        expected = model(images, cond)
+        for first_rows in (0, 4):
+            torch.testing.assert_close(cached_outputs(model, images, cond, first_rows), expected, atol=1e-5, rtol=1e-5)
+        for place in range(15):
+            changed = images.clone()
+            changed.view(2, -1)[:, place] = (changed.view(2, -1)[:, place] + 0.5).remainder(7 / 6)
+            changed = to_images(to_values((changed * 6).round() / 6, 7), 7)
+            differs = (model(changed, cond) - expected).abs().amax((0, 1)).flatten() > 1e-7
+            assert not differs[: place + 1].any()
+            assert place == 14 or differs[place + 1 :].any()
+    drawn = model.sample(3, cond=1, generator=generator())
+    assert torch.equal(drawn, model.sample(3, cond=1, generator=generator(), method="naive"))
+    order = torch.tensor([3, 0, 6, 1, 5, 2, 4])
+    with torch.no_grad():
+        before = model(images, cond)
+        model.embedding.weight.copy_(model.embedding.weight[torch.argsort(order)])
+        renamed = to_images(order[to_values(images, 7)], 7)
+        torch.testing.assert_close(model(renamed, cond), before)
+    for settings in ({"embedding": 0}, {"image_shape": (3, 2, 2), "channels": 3, "embedding": 2}):
+        with pytest.raises(ValueError, match="embedding must be at least 1, of images of one channel"):
+            GatedPixelCNN(**{"image_shape": (1, 2, 2), "channels": 4, **settings})

@@ -9,9 +9,12 @@ import torch
 
 from vision3dgen import cli
 from vision3dgen.experiment import Run, score
-from vision3dgen.io import read_image
+from vision3dgen.io import load_npz, load_pointcloud, read_image
+from vision3dgen.metrics import Prediction
 from vision3dgen.models import MeanDepth
-from vision3dgen.viz import depth_gallery, depth_picture, normals_picture
+from vision3dgen.samples import sample_of
+from vision3dgen.structures import Camera, Frame
+from vision3dgen.viz import depth_gallery, depth_picture, normals_picture, scene
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -26,7 +29,7 @@ def data(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["depth", "normals"])
-def test_the_configuration_trains_and_is_scored(name, data, tmp_path, capsys):
+def test_the_configuration_trains_is_scored_and_shown(name, data, tmp_path, monkeypatch, capsys):
     config = str(CONFIGS / f"{name}_unet_procedural.yaml")
     overrides = ["prepare=null", f"data.root={data}", "data.image_size=32"]
     assert cli.main(["train", config, "--preset", "tiny", "--out", str(tmp_path / "run"), *overrides]) == 0
@@ -39,6 +42,7 @@ def test_the_configuration_trains_and_is_scored(name, data, tmp_path, capsys):
         summary = json.loads((tmp_path / "run" / "evaluation" / f"{protocol}_test.json").read_text())
         assert (summary["n_ok"], summary["n_failed"]) == (len(dataset), 0)
         assert all(np.isfinite(value) for value in summary["mean"].values())
+    looked_at(run, name, tmp_path, monkeypatch, capsys)
     if name == "normals":
         return
     batch = next(run.experiment.batches(dataset, 2))
@@ -50,6 +54,55 @@ def test_the_configuration_trains_and_is_scored(name, data, tmp_path, capsys):
     baseline = MeanDepth(run.experiment.batches(run.experiment.dataset("train"), 4)).predict
     scores = score(tmp_path / "baseline", run.experiment, baseline, "default")
     assert 0 < scores.mean["abs_rel"] < 0.3
+
+
+def looked_at(run, name, folder, monkeypatch, capsys):
+    """view, reconstruct and report, as a user calls them."""
+    for variable in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(scene, "_broken", "no Open3D in this test")
+    given = ["--device", "cpu"]
+    assert cli.main(["view", str(run.folder), "--items", "2", "--out", str(folder / "view"), *given]) == 0
+    assert (folder / "view" / "shapes.png").stat().st_size > 1000
+    image = next((Path(run.experiment.data["root"]) / "ShapeNetRendering").rglob("00.png"))
+    (folder / "table.png").write_bytes(image.read_bytes())
+    assert (
+        cli.main(["reconstruct", str(run.folder), str(folder / "table.png"), "--out", str(folder / "out"), *given]) == 0
+    )
+    values = load_npz(folder / "out" / f"table_{name}.npz")[name]
+    assert values.shape == ((1, 32, 32) if name == "depth" else (3, 32, 32))
+    assert read_image(folder / "out" / f"table_{name}.png", mode="RGB").shape == (32, 32, 3)
+    cloud = folder / "out" / "table.ply"
+    if name == "depth" and cloud.exists():  # two steps may leave nothing in the mask
+        points = load_pointcloud(cloud).points_packed()
+        depths = torch.from_numpy(values).flatten()
+        assert torch.isin(points[:, 2].mul(1e3).round(), depths.mul(1e3).round()).float().mean() > 0.9
+    capsys.readouterr()
+    assert cli.main(["report", str(run.folder), "--items", "2", "--out", str(folder / "page.html"), *given]) == 0
+    assert capsys.readouterr().out.strip() == str(folder / "page.html")
+    page = (folder / "page.html").read_text()
+    assert f"true {name}" in page
+    assert "nothing could be predicted" not in page
+
+
+def test_depth_clouds_lie_on_what_was_seen():
+    camera = Camera.look_at((0.0, 0.0, -2.0), field_of_view=40.0, image_size=(8, 12))
+    frame = Frame("object", (0.1, 0.2, 0.3), 2.0)
+    depth = torch.full((1, 8, 12), 2.0)
+    prediction = Prediction(maps={"depth": depth, "mask": torch.arange(96).view(1, 8, 12) / 95}, frame=Frame("camera"))
+    item = {"id": "x", "image": torch.rand(3, 8, 12), "depth": depth, "camera": camera, "frame": frame}
+    sample = sample_of(item, {"net": lambda batch: [prediction]})
+    cloud = sample.predictions["net"]
+    assert len(cloud.points_packed()) == 48  # the half that the mask takes for the object
+    world = frame.denormalize(cloud.points_packed())
+    torch.testing.assert_close(world[:, 2], torch.zeros(48), atol=1e-5, rtol=0)  # the plane through the origin
+    assert len(sample.truth.points_packed()) == 96
+    torch.testing.assert_close(cloud.features_packed(), item["image"].flatten(1).T[48:])
+    assert list(sample.pictures) == ["true depth", "net depth", "net error"]
+    assert (sample.pictures["net error"] == sample.pictures["net error"][0, 0]).all()
+    without = sample_of({k: v for k, v in item.items() if k != "camera"}, {"net": lambda batch: [prediction]})
+    assert without.predictions["net"] is None
+    assert without.truth is None
 
 
 def test_depth_in_colors():

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_detection_metrics import batches as detection_batches
+from tests.test_detection_metrics import random_records
 from tests.test_evaluation import QUICK, make_items, perfect, run, to_batches
 from tests.test_parallel import spawn
-from vision3dgen.metrics import evaluate, evaluate_distributed
+from vision3dgen.metrics import DetectionEvaluator, evaluate, evaluate_distributed
 from vision3dgen.structures import Frame
 
 
@@ -28,6 +30,17 @@ def score(out: Path, predict=perfect, **changes):
     return evaluate_distributed(batches(), predict, QUICK, **arguments | changes).to_dict()
 
 
+def detect(out: Path) -> dict:
+    """Twelve images in three batches: one process has two of them, the other one."""
+    images, _ = random_records()
+
+    def predict(batch):
+        return [images[int(name)][0] for name in batch["id"]]
+
+    scores = DetectionEvaluator().score("coco_boxes", detection_batches(images), predict, out, seed=0, about={})
+    return scores.to_dict()
+
+
 def broken(batch):
     """The last batch's predictions are in a frame nobody knows, which is an error of the run."""
     predictions = perfect(batch)
@@ -38,7 +51,7 @@ def broken(batch):
 
 def as_one_of_two(folder: Path) -> None:
     rank = os.environ["RANK"]
-    found: dict = {"fresh": score(folder / "fresh.jsonl")}
+    found: dict = {"fresh": score(folder / "fresh.jsonl"), "detection": detect(folder / "detection.jsonl")}
     try:
         score(folder / "cut.jsonl", broken)
     except (ValueError, RuntimeError) as error:
@@ -61,10 +74,14 @@ def test_two_processes_leave_what_one_leaves(tmp_path: Path, monkeypatch: pytest
     part = (tmp_path / "one.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "started_by_one.jsonl").write_bytes(b"".join([*part[:3], part[3][:50]]))  # killed in its third item
 
+    detected = detect(tmp_path / "detection_by_one.jsonl")
+
     spawn(as_one_of_two, 2, tmp_path)
+    assert (tmp_path / "detection.jsonl").read_bytes() == (tmp_path / "detection_by_one.jsonl").read_bytes()
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found["fresh"] == found["resumed"] == reference
+        assert found["detection"] == json.loads(json.dumps(detected))
         assert "another run: ['seed'] differ" in found["other"]
         assert "repeats must be at least 1" in found["repeats"]
         assert ("ValueError" if rank else "RuntimeError: process 1 failed: ValueError") in found["error"]

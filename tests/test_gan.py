@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from vision3dgen.engine import Data, Trainer
+from vision3dgen.engine import Data, Trainer, latest, load_weights
 from vision3dgen.engine.optim import EMA, Optimizer
-from vision3dgen.engine.settings import Update
+from vision3dgen.engine.settings import Record, Update
 from vision3dgen.generators import (
     ADVERSARIAL_LOSSES,
     GAN,
@@ -411,6 +411,30 @@ def test_the_one_trainer_trains_both_parts(tmp_path):
     assert trainer.lrs == {"discriminator": 2e-3, "generator": 1e-3}
     logged = {name for line in (tmp_path / "metrics.jsonl").read_text().splitlines() for name in json.loads(line)}
     assert {"discriminator/loss", "discriminator/real", "discriminator/penalty", "generator/fake"} <= logged
+
+
+def test_a_step_that_is_not_finite_stops_and_the_last_checkpoint_is_good(tmp_path):
+    model = mlp_gan()
+    trainer = Trainer(
+        model, Data(Ring(16), 8), tmp_path, optimizer=Optimizer("adam", lr=1e-3), steps=9, update=Update(ema=0.9),
+        record=Record(checkpoint_every=2),
+    )  # fmt: skip
+    made, calls = model.generator.forward, []
+
+    def breaks(z, labels=None):
+        calls.append(len(z))
+        return made(z, labels) * (math.nan if len(calls) == 10 else 1)  # the generator's own loss of step 5
+
+    model.generator.forward = breaks
+    with pytest.raises(
+        FloatingPointError, match=r"step 5, part 'generator': loss 'fake' is nan; the update was not made"
+    ):
+        trainer.fit()
+    last = latest(tmp_path)
+    assert last.name == "step_00000004"
+    other = mlp_gan()
+    load_weights(other, last)
+    assert all(torch.isfinite(parameter).all() for parameter in other.parameters())
 
 
 @pytest.mark.slow

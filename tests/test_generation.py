@@ -2,18 +2,22 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from tests import naive
+from vision3dgen.experiment import generated_shapes
 from vision3dgen.losses import chamfer_distance
 from vision3dgen.metrics import (
     Features,
     GenerationEvaluator,
     Moments,
     Pair,
+    ShapeSetEvaluator,
+    compare_sets,
     fid,
     frechet_distance,
     inception_score,
@@ -26,6 +30,7 @@ from vision3dgen.metrics import (
     set_distances,
     set_scores,
 )
+from vision3dgen.structures import Pointclouds
 
 
 def seeded(seed=0):
@@ -144,6 +149,24 @@ def test_pictures_are_compared_as_bytes():
     torch.testing.assert_close(quantize(images), torch.tensor([0.0, 26 / 255, 128 / 255, 1.0]))
 
 
+def test_scores_are_torch_fidelitys_on_the_same_features():
+    """Numbers of torch-fidelity 0.4.0 (float64) for these features, from its functions of features."""
+    known = json.loads((Path(__file__).parent / "data" / "torch_fidelity_0.4.0.json").read_text())
+    draws = np.random.RandomState(0)  # its stream is frozen
+    mixing = draws.normal(size=(24, 24))
+    real = np.maximum(draws.normal(size=(300, 24)) @ mixing * 0.3 + 0.2, 0)
+    made = np.maximum(draws.normal(size=(400, 24)) @ mixing * 0.25 + 0.35, 0)
+    logits = 3 * draws.normal(size=(300, 10))
+    real, made, logits = (torch.from_numpy(each) for each in (real, made, logits))
+    assert fid(real, made) == pytest.approx(known["fid"], rel=1e-6)
+    assert kid(real, made[:300], subsets=2, size=300).mean == pytest.approx(known["kid"], rel=1e-6)
+    for splits in (1, 10):
+        assert inception_score(logits, splits) == pytest.approx(tuple(known[f"inception_{splits}"]), rel=1e-6)
+    for nearest in (3, 5):
+        found = manifold(real, made, nearest=nearest)
+        assert found[:2] == pytest.approx(tuple(known[f"precision_recall_{nearest}"]), abs=1e-6)
+
+
 # ------------------------------------------------------------------------------------------------ sets of shapes
 
 
@@ -200,6 +223,69 @@ def test_the_divergence_of_two_sets_is_between_0_and_1_bit():
     assert jensen_shannon(half, torch.full((1, 5, 3), -0.25)) == pytest.approx(expected)
     with pytest.raises(ValueError, match="first must be finite"):
         jensen_shannon(first * math.nan, second)
+
+
+def test_two_halves_of_one_set_are_told_apart_half_of_the_time():
+    sizes = 0.2 + 0.6 * torch.rand(120, 1, 1, generator=seeded())
+    directions = torch.nn.functional.normalize(torch.randn(120, 16, 3, generator=seeded(1)), dim=2)
+    clouds = sizes * directions
+    halves = compare_sets(clouds[:60], clouds[60:], ("chamfer", "earth_movers"))
+    for scores in halves.values():
+        assert abs(scores.one_nna - 0.5) < 4 * 0.5 / math.sqrt(120)
+        assert scores.coverage > 0.5
+    with pytest.raises(ValueError, match="unknown distance 'hausdorff'"):
+        compare_sets(clouds[:3], clouds[3:6], ("hausdorff",))
+
+
+class _Cubes(torch.nn.Module):
+    """Occupancies of cubes, of which every third is empty."""
+
+    def sample(self, n, *, generator=None):
+        grids = torch.zeros(n, 8, 8, 8)
+        grids[:, 2:6, 2:6, 2:6] = 1
+        grids[::3] = 0
+        return grids
+
+
+def test_generated_shapes_become_clouds_and_scores(tmp_path):
+    predict = generated_shapes(_Cubes(), 64, "cpu", 0)
+    batches = [
+        {"id": [f"a/{i}" for i in range(4)], "surface": Pointclouds(torch.rand(4, 100, 3, generator=seeded()) - 0.5)},
+        {"id": ["b/0"], "surface": Pointclouds(torch.rand(1, 100, 3, generator=seeded(1)) - 0.5)},
+    ]
+    clouds = predict(batches[0])
+    assert clouds.real.shape == clouds.generated.shape == (4, 64, 3)
+    assert torch.isnan(clouds.generated).flatten(1).all(1).tolist() == [True, False, False, True]
+    assert (
+        clouds.generated[1].abs().max() < 0.32
+    )  # the cube's half edge is 0.25, its surface half a cell further at most
+    assert clouds.generated[1].abs().amax(1).min() > 0.2
+    rows = {tuple(point) for point in batches[0]["surface"].points_padded()[0].tolist()}
+    assert {tuple(point) for point in clouds.real[0].tolist()} < rows
+    evaluator = ShapeSetEvaluator(points=64, distances=("chamfer",))
+    scores = evaluator.evaluate("generated_shapes", batches, predict, tmp_path, split="test", seed=0)
+    assert (scores.total, scores.n_failed) == (5, 3)
+    assert (
+        scores.by_distance["chamfer"].coverage == pytest.approx(1 / 5)
+        or scores.by_distance["chamfer"].coverage == 2 / 5
+    )
+    kept = json.loads((tmp_path / "generated_shapes_test.json").read_text())
+    assert kept["by_distance"]["chamfer"]["mmd"] == scores.by_distance["chamfer"].mmd
+    lines = (tmp_path / "generated_shapes_test.jsonl").read_text().splitlines()
+    assert [json.loads(line).get("surface") for line in lines] == [None, False, True, True, False, False]
+    assert "| chamfer |" in scores.to_markdown()
+    with pytest.raises(ValueError, match="none of the 1 generated shapes has a surface"):
+        evaluator.evaluate("generated_shapes", batches[1:], predict, tmp_path, split="test", seed=0)
+    with pytest.raises(ValueError, match="clouds have 100 points, fewer than the 200 asked for"):
+        generated_shapes(_Cubes(), 200, "cpu", 0)(batches[0])
+    with pytest.raises(ValueError, match="Linear is not a generator"):
+        generated_shapes(torch.nn.Linear(1, 1), 64, "cpu", 0)
+    for settings, message in (
+        ({"points": 0}, "points must be at least 1 and radius > 0, got 0"),
+        ({"distances": ["f1"]}, "unknown distance 'f1'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ShapeSetEvaluator(**settings)
 
 
 # ------------------------------------------------------------------------------------------------- the evaluator

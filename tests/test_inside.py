@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from tests import naive
+from vision3dgen.ops import inside
 from vision3dgen.ops.inside import contains, nearest_faces, point_triangle_distance, signed_distance, winding_number
 from vision3dgen.ops.meshes import ico_sphere, torus
+from vision3dgen.ops.solidangle import far_solid_angles
 from vision3dgen.structures import Meshes, join_meshes_as_scene
 
 METHODS = ("winding", "nonzero", "parity")
@@ -355,3 +357,37 @@ def test_winding_numbers_of_real_meshes_with_holes_are_bounded_and_right_far_awa
     torch.testing.assert_close(found[:3], torch.tensor(expected, dtype=torch.float64), atol=1e-8, rtol=0)
     size = float(verts.abs().max())
     assert float(winding_number(mesh, points[:7] + 100 * size).abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize("removed, copies", [(0, 1), (0.02, 1), (0.3, 1), (0.02, 2)])
+def test_far_triangles_taken_together_keep_the_winding_number(removed, copies, monkeypatch):
+    monkeypatch.setattr(inside, "_FEW", 0)
+    mesh = ico_sphere(4)
+    verts, faces = mesh.verts_packed().double(), mesh.faces_packed()
+    generator = torch.Generator().manual_seed(0)
+    faces = faces[torch.rand(len(faces), generator=generator) >= removed].repeat(copies, 1)
+    holed = Meshes([verts], [faces])
+    points = torch.rand(1500, 3, generator=generator, dtype=torch.float64) * 2.4 - 1.2
+    exact = winding_number(holed, points)
+    for beta, bound in ((2.0, 6e-3), (4.0, 1e-3)):
+        error = (winding_number(holed, points, beta=beta) - exact).abs()
+        assert error.max() < bound * copies
+        assert (error.max() > 0) == (removed > 0)  # a closed surface is counted, not summed
+    assert torch.equal(contains(holed, points, beta=6.0), exact.abs() > 0.5)
+
+
+def test_multipoles_of_a_soup_equal_the_sum_over_its_triangles():
+    generator = torch.Generator().manual_seed(1)
+    middles = torch.randn(101, 1, 3, generator=generator, dtype=torch.float64) + 50
+    corners = middles + 0.1 * torch.randn(101, 3, 3, generator=generator, dtype=torch.float64)
+    weights = torch.tensor([1.0, -1.0, 2.0]).double().repeat(34)[:101]
+    points = torch.randn(29, 3, generator=generator, dtype=torch.float64) * 2 + 50
+    faces = torch.arange(303).view(-1, 3)
+    faces = torch.cat([faces[weights > 0], faces[weights < 0].flip(1), faces[weights > 1]])
+    exact = torch.tensor([naive.solid_angle_winding(corners.view(-1, 3), faces, point) for point in points]).double()
+    errors = [(far_solid_angles(corners, weights, points, beta) - exact).abs().max() for beta in (1.5, 3.0, 100.0)]
+    assert errors[0] < 3e-3
+    assert errors[1] < errors[0] / 4
+    assert errors[2] < 1e-9
+    assert torch.equal(far_solid_angles(corners[:0], weights[:0], points, 2.0), torch.zeros(29).double())
+    assert far_solid_angles(corners, weights, points[:0], 2.0).shape == (0,)

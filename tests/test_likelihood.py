@@ -136,7 +136,7 @@ evaluation: {name: likelihood}
 """
 
 
-def test_a_generator_is_trained_scored_and_drawn_from(digits, capsys):
+def test_a_generator_is_trained_scored_and_drawn_from(digits, capsys, monkeypatch):
     (digits / "config.yaml").write_text(CONFIG.replace("ROOT", str(digits)))
     run = digits / "run"
     assert cli.main(["train", str(digits / "config.yaml"), "--out", str(run)]) == 0
@@ -149,6 +149,7 @@ def test_a_generator_is_trained_scored_and_drawn_from(digits, capsys):
     assert summary["nats"] == pytest.approx(-float(model.predict(batch).mean()), rel=1e-5)
     assert summary["total"] == len(dataset)
 
+    monkeypatch.setattr("vision3dgen.experiment.AT_ONCE", 2)
     drawing = ["sample", str(run), "--n", "5", "--class", "1", "6", "--seed", "3", "--device", "cpu"]
     assert cli.main([*drawing, "--out", str(digits / "drawn")]) == 0
     samples = load_npz(digits / "drawn" / "samples.npz")["samples"]

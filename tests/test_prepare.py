@@ -433,7 +433,7 @@ def test_bad_files_are_listed_with_the_reason(mixed):
         "bad/range.obj": ("read", "4"),
         "bad/flat.obj": ("check", "no surface: 2 faces, all of area zero"),
         "bad/point.obj": ("check", "no surface"),
-        "bad/sheet.obj": ("sample", "nothing is inside: an open sheet"),
+        "bad/sheet.obj": ("points", "nothing is inside: an open sheet"),
         "bad/cloud.obj": ("read", "no faces"),
         "bad/empty.obj": ("read", "empty"),
         "bad/noise.glb": ("read", ""),
@@ -525,7 +525,7 @@ def test_real_meshes(shared_data, tmp_path):
     for name in ("spot", "suzanne", "alligator"):
         (tmp_path / "in" / f"{name}.obj").write_bytes((shared_data / "meshes" / f"{name}.obj").read_bytes())
     done = prepare_meshes(tmp_path / "in", tmp_path / "out", views=1, points=500, image_size=33)
-    assert [(entry.file, entry.step) for entry in done.rejected] == [("alligator.obj", "sample")]  # a flat relief
+    assert [(entry.file, entry.step) for entry in done.rejected] == [("alligator.obj", "points")]  # a flat relief
     listed = {
         entry["model"]: entry for entry in json.loads((tmp_path / "out" / "manifest.json").read_text())["accepted"]
     }

@@ -9,7 +9,8 @@ import trimesh
 
 from tests import naive
 from vision3dgen.ops import render
-from vision3dgen.ops.render import raycast, resolve_renderer
+from vision3dgen.ops.meshes import ico_sphere
+from vision3dgen.ops.render import raycast, raycast_views, resolve_renderer
 from vision3dgen.structures import Camera, Frame, Meshes
 
 HAVE_OPEN3D = importlib.util.find_spec("open3d") is not None
@@ -175,6 +176,16 @@ def test_empty_mesh_draws_nothing(renderer):
 def test_one_pixel_image():
     drawn = raycast(square(5.0, 2.0), front_camera(1, 1), renderer="builtin", samples=1)
     assert drawn.depth.tolist() == [[2.0]]
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_several_views_are_those_of_each_camera(renderer):
+    mesh, cameras = ico_sphere(1), [Camera.from_r2n2(azimuth, 27.0, 0.9, 17) for azimuth in (0.0, 100.0, 211.0)]
+    for camera, drawn in zip(cameras, raycast_views(mesh, iter(cameras), renderer=renderer), strict=True):
+        for a, b in zip(drawn, raycast(mesh, camera, renderer=renderer), strict=True):
+            assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="one mesh, got 2"):
+        raycast_views(mesh.extend(2), cameras)
 
 
 def test_bad_input():

@@ -19,11 +19,15 @@ from vision3dgen.viz import (
     OffscreenError,
     Sample,
     Voxels,
+    camera_mesh,
+    colored_by_distance,
     curves,
+    distance_to_surface,
     fit_camera,
     gallery,
     image_grid,
     offscreen,
+    reconstruction_cells,
     reconstruction_gallery,
     render,
     render_many,
@@ -31,8 +35,11 @@ from vision3dgen.viz import (
     show,
     threshold_curve,
     turntable,
+    write_film,
 )
+from vision3dgen.viz.offscreen import Walk
 from vision3dgen.viz.scene import label, voxels_to_mesh
+from vision3dgen.viz.window import describe
 
 EMPTY = Meshes([torch.zeros(0, 3)], [torch.zeros(0, 3, dtype=torch.long)])
 
@@ -518,3 +525,129 @@ def test_show_falls_back_to_files_when_the_window_fails(
     shown = show(sample(Frame("object")), tmp_path / "view", block=False, renderer="builtin")
     assert shown.files[0].exists()
     assert "no GLX" in caplog.text
+
+
+def test_the_window_is_given_each_shape_once_plain_and_once_by_its_error() -> None:
+    triangles, (first, second) = describe([sample(Frame("object")), Sample(predictions={"a": hook(), "b": EMPTY})])
+    assert [(entry["name"], entry["mesh"]) for entry in first["heads"]] == [
+        ("mesh", 0), ("voxels", 2), ("nothing", None), ("blank", None),
+    ]  # fmt: skip
+    assert [entry.get("error") for entry in first["heads"]] == [1, 3, None, None]
+    assert first["truth"] == {"name": "truth", "mesh": 4}
+    assert second["truth"] is None
+    assert [entry.get("error") for entry in second["heads"]] == [None, None]
+    assert (triangles[0].corners == triangles[1].corners).all()
+    blue, yellow = triangles[1].colors, triangles[3].colors  # the mesh is the truth, the voxels are not
+    assert blue[..., 2].max() < 0.5
+    assert np.ptp(blue, axis=(0, 1)).max() < 1e-6
+    assert yellow[..., 0].max() > 0.8
+    assert len(triangles) == 6
+
+
+def test_keys_walk_through_samples_heads_and_colors() -> None:
+    heads = [{"name": "a", "mesh": 0, "error": 1}, {"name": "b", "mesh": None}]
+    truth = {"name": "truth", "mesh": 2}
+    walk = Walk([{"title": "one", "heads": heads, "truth": truth}, {"title": "two", "heads": heads, "truth": None}])
+    assert (walk.title.split(), walk.meshes()) == (["one", "a", "|", "truth"], [0, 2])
+    walk.press("E")
+    assert walk.meshes() == [1, 2]
+    assert "distance to truth" in walk.title
+    walk.press("H")
+    assert walk.meshes() == [None, 2]
+    assert "b (empty)" in walk.title
+    walk.press("H")
+    walk.press("E")
+    assert walk.meshes() == [0, 2]
+    walk.press("N")
+    assert walk.meshes() == [0, None]  # without a truth all heads stand side by side
+    walk.press("N")
+    assert walk.title.startswith("one")
+    walk.press("P")
+    assert walk.title.startswith("two")
+    assert Walk([{"title": "", "heads": [], "truth": truth}]).meshes() == [2]
+
+
+def test_samples_in_camera_axes_stand_upright() -> None:
+    (seen,) = describe([Sample(predictions={"a": hook()}, frame=Frame("camera"))])[1]
+    assert (seen["up"], seen["front"][2]) == ((0.0, -1.0, 0.0), -1.0)
+    (object_,) = describe([Sample(predictions={"a": hook()}, frame=Frame("object"))])[1]
+    assert object_["up"] == (0.0, 1.0, 0.0)
+
+
+def test_distance_to_the_surface_is_exact_and_colored() -> None:
+    ball, larger = sphere(), sphere(1.25)
+    distances = distance_to_surface(larger, ball)
+    assert float((distances - 0.25).abs().max()) < 2e-3  # the ball is made of triangles
+    to_points = distance_to_surface(larger, Pointclouds([ball.verts_packed()]))
+    torch.testing.assert_close(to_points, torch.full_like(to_points, 0.25), atol=1e-5, rtol=0)
+    points = torch.tensor([[1.0, 0, 0], [2.0, 0, 0], [1.5, 0, 0]])
+    colors = colored_by_distance(Pointclouds([points]), ball, 1.0).features_packed()
+    assert colors[0, 2] > colors[0, 0]  # blue where it is right
+    assert colors[1, 0] > 0.9 > colors[1, 2]  # yellow where it is far
+    luminance = colors @ torch.tensor([0.21, 0.72, 0.07])
+    assert luminance[0] < luminance[2] < luminance[1]
+    assert colored_by_distance(larger, ball, 1.0).verts_attributes_packed()["color"].shape == (2562, 3)
+    with pytest.raises(ValueError, match="truth is empty"):
+        colored_by_distance(ball, EMPTY, 1.0)
+    with pytest.raises(ValueError, match="above 0"):
+        colored_by_distance(ball, ball, 0.0)
+
+
+def test_a_camera_is_drawn_where_it_stands_with_its_image() -> None:
+    image = torch.zeros(3, 20, 30)
+    image[0, :, :15], image[2, :, 15:] = 1.0, 1.0  # red left, blue right
+    seen = camera_mesh(SKEWED, 0.5, image)
+    verts, colors = seen.verts_packed(), seen.faces_attributes_packed()["color"]
+    assert float((verts - SKEWED.center.float()).norm(dim=1).min()) < 0.02  # the apex
+    middle = verts[seen.faces_packed()].mean(1).double()
+    pixels, depth = SKEWED.project(middle)
+    red, blue = colors[:, 0] > 0.99, colors[:, 2] > 0.99
+    assert int(red.sum()) == int(blue.sum()) == 2 * 20 * 15
+    torch.testing.assert_close(depth[red | blue], torch.full((1200,), 0.5, dtype=torch.float64), atol=1e-5, rtol=0)
+    assert float(pixels[red, 0].max()) < 211 / 2 < float(pixels[blue, 0].min())
+    assert len(camera_mesh(SKEWED, 0.5).verts_packed()) == 8 * 8
+    with pytest.raises(ValueError, match="single"):
+        camera_mesh(Camera.stack([SKEWED]), 0.5)
+
+
+def test_films_by_the_ending_of_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = [np.full((11, 13, 3), shade, np.uint8) for shade in (0, 120, 240)]
+    with pytest.raises(ValueError, match=r"\.gif or \.mp4, not \.avi"):
+        write_film(tmp_path / "film.avi", frames)
+    monkeypatch.setitem(__import__("sys").modules, "imageio_ffmpeg", None)
+    with pytest.raises(ImportError, match=r"vision3dgen\[video\]"):
+        write_film(tmp_path / "film.mp4", frames)
+    assert not (tmp_path / "film.mp4").exists()
+
+
+def test_an_mp4_holds_every_frame(tmp_path: Path) -> None:
+    ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    frames = [np.full((11, 13, 3), shade, np.uint8) for shade in (0, 120, 240)]
+    write_film(tmp_path / "film.mp4", frames)
+    reader = ffmpeg.read_frames(str(tmp_path / "film.mp4"))
+    assert next(reader)["source_size"] == (14, 12)
+    shades = [np.frombuffer(frame, np.uint8).mean() for frame in reader]
+    assert shades == pytest.approx([0, 120, 240], abs=6)
+
+
+def test_cells_carry_pictures_beside_shapes() -> None:
+    depth = np.full((10, 20, 3), 7, np.uint8)
+    own = Sample(predictions={"a": hook()}, truth=hook(), pictures={"a depth": depth}, title="x")
+    (row,) = reconstruction_cells([own], size=(40, 40), renderer="builtin").rows
+    assert list(row) == ["a depth", "a", "truth"]
+    assert row["a depth"].shape == (40, 40, 3)
+    assert (row["a depth"][20] == 7).all()
+    alone = Sample(image=torch.ones(3, 8, 8), pictures={"normals": depth}, camera=SKEWED)  # nothing to cut to
+    assert reconstruction_gallery([alone], size=(40, 40), renderer="builtin").images[0].shape[1] == 2 * 46 + 6
+
+
+@pytest.mark.slow
+def test_two_million_faces_are_drawn_and_shown_as_files(tmp_path: Path) -> None:
+    ball = trimesh.creation.icosphere(subdivisions=4)
+    verts, faces = torch.tensor(ball.vertices).float(), torch.tensor(ball.faces)
+    copies = 2_000_000 // len(faces) + 1
+    many = Meshes([verts], [faces.repeat(copies, 1)])
+    assert len(many.faces_packed()) > 2_000_000
+    one = render(sphere(), camera=frontal((97, 97)), size=(97, 97), renderer="builtin").image
+    all_ = render(many, camera=frontal((97, 97)), size=(97, 97), renderer="builtin").image
+    assert (drawn(one) == drawn(all_)).mean() > 0.99

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     _device(evaluate)
 
     reconstruct = _command(
-        commands, "reconstruct", _reconstruct, "shapes from images, or from the clouds or voxels a model completes",
+        commands, "reconstruct", _reconstruct,
+        "shapes or depth from images, or shapes from the clouds or voxels a model completes",
         "vision3dgen reconstruct runs/x chair.png --out out",
     )  # fmt: skip
     reconstruct.add_argument("run_folder", type=Path, metavar="RUN")
@@ -76,6 +78,19 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     meshes.add_argument("source_folder", type=Path, metavar="IN")
     meshes.add_argument("root", type=Path, metavar="OUT")
+    shapenet = _command(
+        sources, "shapenet", _prepare_shapenet, "ShapeNetCore v1 or v2, dirty meshes included",
+        "vision3dgen prepare shapenet ShapeNetCore.v2/ data/shapenet --workers 16",
+    )  # fmt: skip
+    shapenet.add_argument("source_folder", type=Path, metavar="IN")
+    shapenet.add_argument("root", type=Path, metavar="OUT")
+    shapenet.add_argument("--engine", choices=("local", "ray"), default="local", help="default: local")
+    shapenet.add_argument("--address", help="of a Ray cluster, such as auto (default: a new one of this machine)")
+    shapenet.add_argument("--steps", nargs="+", help="default: all but watertight")
+    shapenet.add_argument("--voxels", type=int, nargs="+", default=[32], help="resolutions (default: 32)")
+    shapenet.add_argument("--time-limit", type=float, default=600, help="seconds for each model (default: 600)")
+    shapenet.add_argument("--memory-limit", type=int, default=4096, help="MiB for each model (default: 4096)")
+    shapenet.add_argument("--again", action="store_true", help="try rejected models once more")
     scenes = _command(
         sources, "scenes", _prepare_scenes, "scenes of generated shapes, with captions",
         "vision3dgen prepare scenes data/scenes --scenes 2000 --seed 0",
@@ -84,10 +99,11 @@ def _parser() -> argparse.ArgumentParser:
     scenes.add_argument("--scenes", type=int, required=True)
     scenes.add_argument("--image-size", type=int, default=96, help="side of the pictures (default: 96)")
     scenes.add_argument("--sentences", type=int, default=10_000, help="about scenes not drawn (default: 10000)")
-    for each in (procedural, meshes):
+    scenes.add_argument("--objects", type=int, help="rooms with at most so many, for detectors, without captions")
+    for each in (procedural, meshes, shapenet):
         each.add_argument("--views", type=int, default=24, help="renderings per shape (default: 24)")
         each.add_argument("--points", type=int, default=100_000, help="samples per shape (default: 100000)")
-    for each in (procedural, meshes, scenes):
+    for each in (procedural, meshes, shapenet, scenes):
         each.add_argument("--seed", type=int, default=0)
         each.add_argument("--workers", type=int, default=1, help="processes; the bytes written do not depend on it")
 
@@ -118,6 +134,18 @@ def _parser() -> argparse.ArgumentParser:
     view.add_argument("--items", type=int, default=8, help="test items to show (default: 8)")
     view.add_argument("--out", type=Path, help="where pictures go without a display (default: RUN/view)")
     _device(view)
+
+    report = _command(
+        commands, "report", _report, "one HTML page about runs: scores, curves, pictures, shapes to turn",
+        "vision3dgen report runs/x runs/y --out report.html",
+    )  # fmt: skip
+    report.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="run folder, or a folder of run folders such as a benchmark's"
+    )
+    report.add_argument("--out", type=Path, help="the page (default: report.html in the first RUN)")
+    report.add_argument("--items", type=int, default=5, help="items drawn, spread over the split (default: 5)")
+    report.add_argument("--extreme", type=int, default=1, help="worst and best ones drawn for each run (default: 1)")
+    _device(report)
 
     sample = _command(
         commands, "sample", _sample, "draw from a trained generator", "vision3dgen sample runs/x --n 64 --out samples"
@@ -159,6 +187,16 @@ def _parser() -> argparse.ArgumentParser:
         "--back", action="store_true", help="CHECKPOINT is a run folder or its safetensors file, OUT a torch file"
     )
 
+    share = _command(
+        commands, "share", _share, "a trained run as a folder to share: weights, configuration, card",
+        "vision3dgen share runs/x shared/x --push me/occupancy-chairs",
+    )  # fmt: skip
+    share.add_argument("run_folder", type=Path, metavar="RUN")
+    share.add_argument("folder", type=Path, metavar="OUT", help="folder to write")
+    share.add_argument("--title", default="", help="of the card (default: the run's name)")
+    share.add_argument("--license", default="", help="of the weights, such as cc-by-4.0 (default: left open)")
+    share.add_argument("--push", metavar="OWNER/NAME", help="upload it to the Hugging Face hub too, as a private model")
+
     sweep = _command(
         commands, "sweep", _sweep, "search hyper-parameters: many runs, a table and a picture",
         "vision3dgen sweep configs/X.yaml --space space.yaml --trials 20 --out runs/sweep",
@@ -176,6 +214,12 @@ def _parser() -> argparse.ArgumentParser:
         "--cpus-per-trial", type=float, default=1, help="how many trials run at once follows (default: 1)"
     )
     sweep.add_argument("--gpus-per-trial", type=float, help="may be a fraction (default: 1 if there is one)")
+
+    completion = _command(
+        commands, "completion", _completion, "a script that lets the Tab key complete commands and options",
+        'eval "$(vision3dgen completion bash)"',
+    )  # fmt: skip
+    completion.add_argument("shell", metavar="SHELL", help="bash, zsh or fish")
     return parser
 
 
@@ -277,6 +321,25 @@ def _prepare_meshes(options: argparse.Namespace) -> int:
     return 1 if done.rejected else 0
 
 
+def _prepare_shapenet(options: argparse.Namespace) -> int:
+    from vision3dgen.datasets import Limits, Settings, prepare_shapenet
+    from vision3dgen.parallel import Local, Ray
+
+    settings = Settings(options.seed, options.views, options.points, resolutions=tuple(options.voxels))
+    if options.steps:
+        settings = replace(settings, steps=tuple(options.steps))
+    done = prepare_shapenet(
+        options.source_folder,
+        options.root,
+        settings,
+        engine=Ray(options.address, options.workers) if options.engine == "ray" else Local(options.workers),
+        limits=Limits(options.time_limit, options.memory_limit),
+        again=options.again,
+    )
+    print(done)
+    return 1 if done.rejected else 0
+
+
 def _prepare_scenes(options: argparse.Namespace) -> int:
     from vision3dgen.datasets import prepare_scenes
 
@@ -285,6 +348,7 @@ def _prepare_scenes(options: argparse.Namespace) -> int:
         scenes=options.scenes,
         image_size=options.image_size,
         sentences=options.sentences,
+        objects=options.objects,
         seed=options.seed,
         workers=options.workers,
     )
@@ -323,6 +387,20 @@ def _view(options: argparse.Namespace) -> int:
         options.items, options.out or options.run_folder / "view", device=_chosen(options.device)
     )
     print(shown)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from vision3dgen.report import write_report
+
+    path = write_report(
+        options.runs,
+        options.out or options.runs[0] / "report.html",
+        items=options.items,
+        extreme=options.extreme,
+        device=_chosen(options.device),
+    )
+    print(path)
     return 0
 
 
@@ -377,6 +455,15 @@ def _convert(options: argparse.Namespace) -> int:
     return 0
 
 
+def _share(options: argparse.Namespace) -> int:
+    from vision3dgen import pretrained
+
+    print(pretrained.save_pretrained(options.run_folder, options.folder, title=options.title, license=options.license))
+    if options.push:
+        print(pretrained.push_to_hub(options.folder, options.push))
+    return 0
+
+
 def _sweep(options: argparse.Namespace) -> int:
     from vision3dgen.sweep import Source, Sweep
 
@@ -396,6 +483,13 @@ def _sweep(options: argparse.Namespace) -> int:
     if waiting:
         print(f"{waiting} trials have not run: the same command goes on with them")
     return 1 if waiting or any(trial.status == "failed" for trial in trials) else 0
+
+
+def _completion(options: argparse.Namespace) -> int:
+    from vision3dgen.completion import script
+
+    print(script(_parser(), options.shell), end="")
+    return 0
 
 
 if __name__ == "__main__":

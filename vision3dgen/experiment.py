@@ -1,7 +1,7 @@
 """From a configuration to a run folder, and back: data, model, training, evaluation, reconstruction.
 
 RUN/config.yaml          the resolved configuration; `Run.open` needs nothing else
-RUN/environment.json     versions, device and command of the last start
+RUN/environment.json     versions, git revision, device and command of the last start
 RUN/metrics.jsonl        losses and validation metrics by step
 RUN/checkpoints/         newest and best
 RUN/evaluation/          NAME_SPLIT.jsonl (a line per item) and NAME_SPLIT.json (the summary)
@@ -11,8 +11,10 @@ RUN/samples/             of a generator: samples.npz, and samples.png of images
 import inspect
 import itertools
 import json
+import math
 import os
 import platform
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,29 +30,34 @@ from torch.nn.functional import interpolate
 from vision3dgen import __version__, engine
 from vision3dgen.backbones import BACKBONES, ENCODERS, POINT_ENCODERS, VIEW_ENCODERS, LoadedWeights, load_weights
 from vision3dgen.config import Config, ConfigError, Named, arguments, build, choose, construct, load, save
-from vision3dgen.datasets import AUGMENTATIONS, CATEGORIES, DATASETS, PREPARE, Augment, Augmented, collate
+from vision3dgen.datasets import AUGMENTATIONS, DATASETS, PREPARE, Augment, Augmented, collate
 from vision3dgen.datasets.shape_items import ShapeItems
 from vision3dgen.engine import Data, Trainer, to_device
 from vision3dgen.engine.processes import processes
 from vision3dgen.files import atomic_write
 from vision3dgen.generators import GENERATORS
-from vision3dgen.heads import HEADS
-from vision3dgen.io import load_pointcloud, read_binvox, read_image, save_mesh, save_npz, save_pointcloud
+from vision3dgen.heads import HEADS, ROI_HEADS, RPNS, SEMANTIC_HEADS, DepthHead
+from vision3dgen.io import load_pointcloud, read_binvox, read_image, save_mesh, save_npz, save_pointcloud, write_png
 from vision3dgen.metrics import (
     EVALUATIONS,
+    Clouds,
     Evaluator,
     Features,
     GenerationEvaluator,
+    MapEvaluator,
     Pair,
-    Prediction,
     Scores,
     ShapeEvaluator,
+    ShapeSetEvaluator,
     quantize,
 )
-from vision3dgen.models import DECODERS, MODELS, Classifier
-from vision3dgen.structures import Frame, GridSpec, Meshes, Pointclouds
-from vision3dgen.viz import Sample, Shown, Voxels, image_grid, show
-from vision3dgen.viz.scene import Shape
+from vision3dgen.models import DECODERS, MODELS, Classifier, Reconstruction
+from vision3dgen.ops import isosurface, sample_points_from_meshes
+from vision3dgen.parallel import tracked
+from vision3dgen.samples import MAP_PICTURES, visible_cloud
+from vision3dgen.samples import samples as samples
+from vision3dgen.structures import Camera, Frame, GridSpec, Pointclouds
+from vision3dgen.viz import Shown, image_grid, show
 
 PARTS: dict[str, Mapping[str, Callable[..., Any]]] = {  # sections of a model that are built first, in this order
     "trunk": BACKBONES,
@@ -58,8 +65,15 @@ PARTS: dict[str, Mapping[str, Callable[..., Any]]] = {  # sections of a model th
     "network": POINT_ENCODERS,
     "encoder": {**ENCODERS, **VIEW_ENCODERS},
     "head": HEADS,
+    "rpn": RPNS,
+    "box": ROI_HEADS,
+    "mask": ROI_HEADS,
+    "mesh": ROI_HEADS,
+    "semantic": SEMANTIC_HEADS,
     "decoder": DECODERS,
 }
+MODEL_FILE = "model.safetensors"  # of a folder that `pretrained.save_pretrained` wrote: a run without checkpoints
+AT_ONCE = 256  # samples that a generator makes at a time: any number of them fits
 GIVEN_TO_PARTS = ("channels", "strides", "layout")  # what parts beside a backbone or an encoder may ask to be given
 GIVEN_TO_TRAINER = ("model", "data", "run_dir", "seed")  # what the experiment passes beside the configuration
 
@@ -123,9 +137,12 @@ class Weights:
 
 
 def _weights_file(run: Path) -> Path:
+    """Of the best checkpoint, else of the newest, the average where there is one; or the file of a folder to share."""
     folder = engine.best(run) or engine.latest(run)
     if folder is None:
-        raise ConfigError(f"weights: {run} has no checkpoint: train it first, or give a file")
+        if (run / MODEL_FILE).exists():
+            return run / MODEL_FILE
+        raise ConfigError(f"{run} has no checkpoint: train it first, or give a file")
     files = engine.checkpoint.verify(folder)["files"]
     return folder / ("ema.safetensors" if "ema.safetensors" in files else "model.safetensors")
 
@@ -201,10 +218,17 @@ class Experiment:
 
 
 class Batches(Sequence[dict[str, Any]]):
-    """All items of a dataset, in order, so many at once; a batch is made when it is asked for."""
+    """All items of a dataset, in order, so many at once; a batch is made when it is asked for.
 
-    def __init__(self, dataset: Any, size: int):
-        self.dataset, self.size = dataset, size
+    title: of a progress bar on a terminal while they are gone through, none by default.
+    """
+
+    def __init__(self, dataset: Any, size: int, title: str = ""):
+        self.dataset, self.size, self.title = dataset, size, title
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        found = (self[number] for number in range(len(self)))
+        return tracked(found, title=self.title, total=len(self)) if self.title else found
 
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.size)
@@ -323,7 +347,7 @@ class Run:
     def model(self, device: torch.device | str = "cpu") -> nn.Module:
         """The model with the best checkpoint's weights (else the newest's), in evaluation mode."""
         model = self.experiment.build_model()
-        engine.load_weights(model, self.checkpoint())
+        engine.checkpoint.load_file(model, self.weights_file())
         return model.to(device).eval()
 
     def reconstruct(self, inputs: Sequence[Path], out: Path, *, device: torch.device | str = "cpu") -> list[Path]:
@@ -332,26 +356,46 @@ class Run:
         Of an image the shape is in the canonical frame, for it has no scale; it should be square and show one object,
         as the training images do, and alpha is put on white. Of a cloud (ply, npz, xyz) or voxels (binvox) it is where
         the input is. Clouds are written as NAME.ply alone.
+        Depth and normals are written as NAME_depth.png in colors and NAME_depth.npz (the key "depth") for programs; of
+        depth there is a cloud NAME.ply too, in the axes of the camera, which is taken to be that of the data's images.
         """
-        self._require_shapes("reconstruct")
-        model = self.model(device)
+        model = self._reconstruction("reconstruct", device)
         predict = predictor(model, device)
+        camera = self._usual_camera() if isinstance(model.head, DepthHead) else None
         out.mkdir(parents=True, exist_ok=True)
-        written = []
-        for path in inputs:
-            (prediction,) = predict(self._read_input(path, str(model.takes)))
-            if prediction.shape is None or prediction.shape.isempty():
-                warnings.warn(f"{path}: the prediction is empty, no file is written for it", stacklevel=2)
+        written: list[Path] = []
+        for path in tracked(inputs, title="reconstructing"):
+            batch = self._read_input(path, model.takes)
+            if camera is not None:
+                batch["camera"] = Camera.stack([camera])
+            (prediction,) = predict(batch)
+            maps = {name: prediction.maps[name] for name in MAP_PICTURES if name in prediction.maps}
+            for name, values in maps.items():
+                written += [out / f"{path.stem}_{name}.png", out / f"{path.stem}_{name}.npz"]
+                seen = prediction.maps.get("mask", torch.ones_like(values[:1])) >= 0.5
+                write_png(written[-2], MAP_PICTURES[name](values.where(seen, 0)))
+                save_npz(written[-1], **{name: values.numpy()})
+            shape = visible_cloud(prediction, batch["image"][0], camera) if maps else prediction.shape
+            if shape is None or shape.isempty():
+                if not maps:
+                    warnings.warn(f"{path}: the prediction is empty, no file is written for it", stacklevel=2)
                 continue
             assert prediction.frame is not None
-            if isinstance(prediction.shape, Pointclouds):
+            if isinstance(shape, Pointclouds):
                 written.append(out / f"{path.stem}.ply")
-                save_pointcloud(written[-1], prediction.frame.denormalize(prediction.shape))
+                save_pointcloud(written[-1], prediction.frame.denormalize(shape))
                 continue
             for suffix in ("glb", "ply"):
                 written.append(out / f"{path.stem}.{suffix}")
-                save_mesh(written[-1], prediction.frame.denormalize(prediction.shape))
+                save_mesh(written[-1], prediction.frame.denormalize(shape))
         return written
+
+    def _usual_camera(self) -> Camera | None:
+        """The lens that the first training image was taken with, at the origin; None where the data has no cameras."""
+        own = self._with_cameras("train")[0].get("camera")
+        if own is None:
+            return None
+        return Camera(torch.eye(3), torch.zeros(3), own.intrinsics.float(), own.image_size)
 
     def _read_input(self, path: Path, takes: str) -> dict[str, Any]:
         """A batch of one of what a model takes, in its frame."""
@@ -366,18 +410,33 @@ class Run:
             frame = Frame("object", (x + scale / 2, y + scale / 2, z + scale / 2), scale)
             return {"voxels": voxels.float()[None], "frame": [frame]}
         size = self.experiment.data.get("image_size") or self.experiment.dataset("train").image_size
+        size = (size, size) if isinstance(size, int) else tuple(size)
         image = _on_white(torch.from_numpy(read_image(path)))
-        image = interpolate(image[None], (size, size), mode="bilinear", antialias=True).clamp(0, 1)
+        image = interpolate(image[None], size, mode="bilinear", antialias=True).clamp(0, 1)
         return {"image": image, "frame": [Frame("object")]}
 
     def view(self, items: int, out: Path, *, device: torch.device | str = "cpu") -> Shown:
-        """Show predictions beside truths for test items spread over the split; without a display, as files in `out`."""
-        self._require_shapes("view")
-        model = self.model(device)
-        fields = ("image", "camera", "mesh") if model.takes == "image" else (str(model.takes), "mesh")
-        dataset = self.experiment.dataset(self.experiment.evaluation.split, fields=fields)
-        found = samples(dataset, items, {self.folder.name: predictor(model, device)}, takes=str(model.takes))
-        return show(found, out)
+        """Show predictions beside truths for test items spread over the split; without a display, as files in `out`.
+
+        Depth and normals are shown as pictures, depth also as the cloud of what its pixels see.
+        """
+        model = self._reconstruction("view", device)
+        dataset = self.viewable(model)
+        return show(samples(dataset, items, {self.folder.name: predictor(model, device)}, takes=model.takes), out)
+
+    def viewable(self, model: Reconstruction) -> Any:
+        """The split of the evaluation, with what there is to see of an item beside what `model` takes and predicts."""
+        evaluation = self.experiment.evaluation
+        if isinstance(evaluation, ShapeEvaluator):
+            fields = ("image", "camera", "mesh") if model.takes == "image" else (model.takes, "mesh")
+            return self.experiment.dataset(evaluation.split, fields=fields)
+        return self._with_cameras(evaluation.split)
+
+    def _with_cameras(self, split: str) -> Any:
+        """A split whose items have their camera, where the data has cameras."""
+        dataset = self.experiment.dataset(split)
+        fields = getattr(dataset, "fields", ("camera",))
+        return dataset if "camera" in fields else self.experiment.dataset(split, fields=(*fields, "camera"))
 
     def sample(
         self, n: int, out: Path, *, classes: Sequence[int] = (), temperature: float | None = None, seed: int = 0,
@@ -394,10 +453,14 @@ class Run:
         if n < 1:
             raise ConfigError(f"n must be at least 1, got {n}")
         options: dict[str, Any] = {} if temperature is None else {"temperature": temperature}
-        if classes:
-            options["cond"] = torch.tensor([classes[i % len(classes)] for i in range(n)], device=device)
-        with torch.no_grad():
-            samples = model.sample(n, generator=torch.Generator().manual_seed(seed), **options).cpu()  # type: ignore[operator]
+        draws, parts = torch.Generator().manual_seed(seed), []
+        for start in range(0, n, AT_ONCE):
+            numbers = range(start, min(start + AT_ONCE, n))
+            if classes:
+                options["cond"] = torch.tensor([classes[i % len(classes)] for i in numbers], device=device)
+            with torch.no_grad():
+                parts.append(model.sample(len(numbers), generator=draws, **options).cpu())  # type: ignore[operator]
+        samples = torch.cat(parts)
         out.mkdir(parents=True, exist_ok=True)
         written = [out / "samples.npz"]
         save_npz(written[0], samples=samples.numpy())
@@ -406,6 +469,15 @@ class Run:
             enlarged = max(64 // max(samples.shape[2:]), 1)
             image_grid(samples.repeat_interleave(enlarged, 2).repeat_interleave(enlarged, 3), written[1])
         return written
+
+    def _reconstruction(self, command: str, device: torch.device | str) -> Reconstruction:
+        """The model, if it predicts shapes, or pictures of depth or normals."""
+        if not isinstance(self.experiment.evaluation, ShapeEvaluator | MapEvaluator):
+            self._require_shapes(command)
+        model = self.model(device)
+        if not isinstance(model, Reconstruction):
+            raise ConfigError(f"{command} needs a model that reconstructs, got {self.experiment.model['name']!r}")
+        return model
 
     def _require_shapes(self, command: str) -> ShapeEvaluator:
         evaluation = self.experiment.evaluation
@@ -435,6 +507,8 @@ class Run:
             classifier = Run.open(experiment.evaluation.extractor)
             about["extractor"] = classifier.weights()
             predict = generated(model, extractor(classifier, device), device, experiment.seed)
+        elif isinstance(experiment.evaluation, ShapeSetEvaluator):
+            predict = generated_shapes(model, experiment.evaluation.points, device, experiment.seed)
         else:
             predict = predictor(model, device)
         return score(
@@ -453,10 +527,13 @@ class Run:
             raise ConfigError(f"{self.folder} has no checkpoint: train it first")
         return found
 
+    def weights_file(self) -> Path:
+        """The safetensors file that `model` loads; ConfigError where there is none."""
+        return _weights_file(self.folder)
+
     def weights(self) -> str:
         """SHA-256 of the weights that `model` loads: scores of other weights are never mixed in."""
-        files = json.loads((self.checkpoint() / "meta.json").read_text(encoding="utf-8"))["files"]
-        return files["ema.safetensors" if "ema.safetensors" in files else "model.safetensors"]["sha256"]
+        return engine.checkpoint.sha256(self.weights_file())
 
 
 def predictor(model: nn.Module, device: torch.device | str) -> Callable[[Mapping[str, Any]], Any]:
@@ -500,42 +577,41 @@ def generated(
     return predict
 
 
-def samples(
-    dataset: Any,
-    count: int,
-    predictors: Mapping[str, Callable[[Mapping[str, Any]], Sequence[Prediction]]],
-    *,
-    takes: str = "image",
-) -> list[Sample]:
-    """What each predictor makes of `count` items spread evenly over a dataset, for the viewer, beside what it takes."""
-    found = []
-    for index in sorted({round(i * (len(dataset) - 1) / max(count - 1, 1)) for i in range(count)}):
-        item = dataset[index]
-        batch = collate([item])
-        shapes: dict[str, Shape | None] = {"input": _drawable(item[takes])} if takes != "image" else {}
-        shapes |= {name: _in_object_frame(predict(batch)[0], item) for name, predict in predictors.items()}
-        synset, model, view = item["id"].split("/")
-        title = f"{CATEGORIES.get(synset, synset)} {model[:8]} {view}"
-        image, camera = item.get("image"), item.get("camera")
-        if image is not None and image.ndim == 4:  # of several views the first one is shown
-            image, camera = image[0], camera[0]
-        found.append(Sample(image, item["mesh"], shapes, camera, item["frame"], title))
-    return found
+def generated_shapes(
+    model: nn.Module, points: int, device: torch.device | str, seed: int
+) -> Callable[[Mapping[str, Any]], Clouds]:
+    """Points of the surfaces of a batch and of as many samples of `model`, `points` of each."""
+    if not callable(getattr(model, "sample", None)):
+        raise ConfigError(f"{type(model).__name__} is not a generator: it has no sample()")
+    draws, choices = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
+    grid = getattr(model, "grid", None)
+
+    def predict(batch: Mapping[str, Any]) -> Clouds:
+        real = batch["surface"].points_padded()
+        made = model.sample(len(real), generator=draws).cpu()  # type: ignore[operator]
+        return Clouds(as_clouds(real, points, choices), as_clouds(made, points, choices, grid))
+
+    return predict
 
 
-def _drawable(given: Any) -> Shape:
-    """What a model that takes shapes was given, for the viewer."""
-    return Voxels(given > 0.5, GridSpec.cube(len(given))) if isinstance(given, Tensor) else given
+def as_clouds(
+    shapes: Float[Tensor, "B N 3"] | Float[Tensor, "B D H W"], points: int, generator: torch.Generator,
+    grid: GridSpec | None = None,
+) -> Float[Tensor, "B P 3"]:  # fmt: skip
+    """Clouds thinned out to so many points, or points of the surfaces of occupancies; NaN for one without a surface.
 
-
-def _in_object_frame(prediction: Prediction, item: Mapping[str, Any]) -> Meshes | Pointclouds | None:
-    """The predicted shape where the item's own mesh is, moved there from the frame of the item's camera."""
-    shape, frame = prediction.shape, prediction.frame
-    if shape is None or frame is None or frame.name != "camera":
-        return shape
-    points = shape.points_padded() if isinstance(shape, Pointclouds) else shape.verts_padded()
-    world = item["camera"].to(points.dtype).camera_to_world(points[0])
-    return shape.update_padded(item["frame"].normalize(world)[None])
+    grid: where the occupancies are, by default the cells of the unit cube around 0.
+    """
+    if shapes.ndim == 3:
+        if shapes.shape[1] < points:
+            raise ValueError(f"clouds have {shapes.shape[1]} points, fewer than the {points} asked for")
+        return torch.stack([each[torch.randperm(len(each), generator=generator)[:points]] for each in shapes])
+    clouds = shapes.new_full((len(shapes), points, 3), math.nan)
+    surfaces = isosurface(shapes, grid or GridSpec.cube(shapes.shape[1]), level=0.5)
+    for number in range(len(shapes)):
+        if not surfaces[number].isempty():
+            clouds[number] = sample_points_from_meshes(surfaces[number], points, generator=generator)[0]
+    return clouds
 
 
 def score(
@@ -556,7 +632,7 @@ def score(
     dataset = experiment.dataset(split)
     if isinstance(dataset, ShapeItems):
         about = {**(about or {}), "split": {"name": dataset.split_name, "sha256": dataset.split_sha256}}
-    batches = Batches(dataset, evaluation.batch_size)
+    batches = Batches(dataset, evaluation.batch_size, f"scoring, {name}")
     return evaluation.evaluate(name, batches, predict, folder, split=split, seed=experiment.seed, about=about)
 
 
@@ -564,12 +640,28 @@ def environment() -> dict[str, Any]:
     """What a number depends on beside its configuration: versions, device, threads and command."""
     return {
         "vision3dgen": __version__,
+        "revision": _revision(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "threads": torch.get_num_threads(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
+
+
+def _revision() -> str | None:
+    """The git commit of the package's source, with "+" where files differ from it; None for an installed package."""
+    source = Path(__file__).parents[1]
+    if not (source / ".git").exists():
+        return None
+    told = []
+    for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
+        try:
+            done = subprocess.run(["git", "-C", str(source), *command], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):  # no git, or a folder that git does not trust
+            return None
+        told.append(done.stdout.strip())
+    return told[0] + "+" * bool(told[1])
 
 
 def _on_white(rgba: UInt8[Tensor, "H W 4"]) -> Float[Tensor, "3 H W"]:

@@ -1,13 +1,22 @@
-"""Work divided among processes whose results do not depend on how many there are."""
+"""Work divided among processes whose results do not depend on how many there are.
+
+`Local` is this machine, `Ray` a cluster; a job may also be limited in time and memory (`limited`), wherever it runs.
+"""
 
 import multiprocessing
 import os
 import pickle
 import queue
+import signal
+import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import wait as wait_for
+from types import FrameType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -26,6 +35,87 @@ class Lost(NamedTuple):
     reason: str
 
 
+class Engine(ABC):
+    """Where jobs run, in processes of one thread each."""
+
+    @abstractmethod
+    def run(
+        self, function: Callable[[_Job], _Result], jobs: Sequence[_Job], *, timeout: float | None = None
+    ) -> Iterator[tuple[int, _Result | Lost]]:
+        """Number and result of each job as it finishes; `Lost` if its process dies or takes more than `timeout` s."""
+
+
+@dataclass(frozen=True)
+class Local(Engine):
+    """So many processes on this machine; 0: this process itself, which nothing protects from its jobs."""
+
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise ValueError(f"workers must be at least 0, got {self.workers}")
+
+    def run(
+        self, function: Callable[[_Job], _Result], jobs: Sequence[_Job], *, timeout: float | None = None
+    ) -> Iterator[tuple[int, _Result | Lost]]:
+        workers = min(self.workers, len(jobs))
+        yield from as_finished(function, jobs, workers=workers, timeout=timeout if workers else None)
+
+
+@dataclass(frozen=True)
+class Ray(Engine):
+    """A Ray cluster: the one at an address ("auto": the one this machine belongs to), else a new one of this machine.
+
+    Files are read and written by the machines of the cluster: their paths must mean the same on all of them.
+    """
+
+    address: str | None = None
+    workers: int | None = None  # jobs at once; default as many as the cluster has CPUs
+
+    def run(
+        self, function: Callable[[_Job], _Result], jobs: Sequence[_Job], *, timeout: float | None = None
+    ) -> Iterator[tuple[int, _Result | Lost]]:
+        try:
+            from vision3dgen import cluster
+        except ImportError as error:
+            raise ImportError('engine "ray" needs Ray: pip install "vision3dgen[cluster]"') from error
+        yield from cluster.as_finished(function, jobs, address=self.address, workers=self.workers, timeout=timeout)
+
+
+@contextmanager
+def limited(*, seconds: float | None = None, mebibytes: int | None = None) -> Iterator[None]:
+    """A block that raises TimeoutError after so many seconds, and MemoryError (torch: RuntimeError) above so much
+    memory.
+
+    Time counts by the clock, and a single call into a library is not interrupted before it ends; only in a process's
+    main thread. Memory is all the data of the process (its size when idle included), and is limited on Linux alone.
+    """
+    import resource  # Windows has neither this nor the alarm, and does without limits
+
+    if (seconds is not None and not seconds > 0) or (mebibytes is not None and not mebibytes > 0):
+        raise ValueError(f"limits must be above 0, got {seconds} s and {mebibytes} MiB")
+
+    def late(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"took more than {seconds:g} s")
+
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    handler = signal.signal(signal.SIGALRM, late) if seconds is not None else None
+    try:
+        if mebibytes is not None:
+            most = mebibytes << 20
+            if before[1] != resource.RLIM_INFINITY:
+                most = min(most, before[1])
+            resource.setrlimit(resource.RLIMIT_DATA, (most, before[1]))
+        if seconds is not None:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+        yield
+    finally:
+        if seconds is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, handler)
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
 def map_in_order(
     function: Callable[[_Job], _Result], jobs: Sequence[_Job], *, workers: int, title: str
 ) -> Iterator[_Result]:
@@ -36,10 +126,18 @@ def map_in_order(
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
+    yield from tracked(_in_order(function, jobs, min(workers, len(jobs))), title=title, total=len(jobs))
+
+
+def tracked(things: Iterable[_Result], *, title: str, total: int | None = None) -> Iterator[_Result]:
+    """The things, one by one, with a bar and the time that is left on a terminal's standard error, and nothing else.
+
+    total: how many there are, for things that have no length.
+    """
     console = Console(stderr=True)
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), "ETA", TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        yield from progress.track(_in_order(function, jobs, min(workers, len(jobs))), total=len(jobs))
+        yield from progress.track(things, total=total, description=title)
 
 
 def _in_order(function: Callable[[_Job], _Result], jobs: Sequence[_Job], workers: int) -> Iterator[_Result]:
@@ -138,7 +236,7 @@ class _Worker(Generic[_Job, _Result]):
     def _started(self) -> ProcessPoolExecutor:
         if self.pool is None:
             spawn = multiprocessing.get_context("spawn")  # forked processes hang in OpenMP once the parent has used it
-            self.pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,))
+            self.pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=_begin)
             try:
                 self.process = self.pool.submit(_ready, pickle.dumps(self.function)).result()
             except BrokenProcessPool as error:
@@ -163,6 +261,19 @@ class _Worker(Generic[_Job, _Result]):
     def close(self) -> None:
         self.closed = True
         self._end()
+
+
+def _begin() -> None:
+    """One thread, and no life after the parent's: its other workers would wait for jobs for ever."""
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    wait_for([sentinel])
+    os._exit(1)
 
 
 def _ready(function: bytes) -> int:

@@ -83,5 +83,5 @@ resnet101_fpn = partial(resnet_fpn, resnet101)
 
 FPNS: dict[str, Callable[..., FPN]] = {
     "resnet18_fpn": resnet18_fpn, "resnet34_fpn": resnet34_fpn, "resnet50_fpn": resnet50_fpn,
-    "resnet101_fpn": resnet101_fpn,
+    "resnet101_fpn": resnet101_fpn, "fpn": FPN,
 }  # fmt: skip

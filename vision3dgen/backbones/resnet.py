@@ -21,12 +21,12 @@ class BasicBlock(nn.Module):
     expansion = 1
     preactivation = False
 
-    def __init__(self, inputs: int, width: int, stride: int, groups: int, base_width: int):
+    def __init__(self, inputs: int, width: int, stride: int, groups: int, base_width: int, dilation: int = 1):
         super().__init__()
         _check_plain(groups, base_width)
-        self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
+        self.conv1 = nn.Conv2d(inputs, width, 3, stride, dilation, dilation, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, dilation, dilation, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.downsample = _projection(inputs, width, stride)
 
@@ -46,12 +46,12 @@ class Bottleneck(nn.Module):
     expansion = 4
     preactivation = False
 
-    def __init__(self, inputs: int, width: int, stride: int, groups: int, base_width: int):
+    def __init__(self, inputs: int, width: int, stride: int, groups: int, base_width: int, dilation: int = 1):
         super().__init__()
         middle = int(width * (base_width / 64.0)) * groups
         self.conv1 = nn.Conv2d(inputs, middle, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(middle)
-        self.conv2 = nn.Conv2d(middle, middle, 3, stride, 1, groups=groups, bias=False)
+        self.conv2 = nn.Conv2d(middle, middle, 3, stride, dilation, dilation, groups, bias=False)
         self.bn2 = nn.BatchNorm2d(middle)
         self.conv3 = nn.Conv2d(middle, width * self.expansion, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(width * self.expansion)
@@ -74,13 +74,13 @@ class PreActBlock(nn.Module):
     expansion = 1
     preactivation = True
 
-    def __init__(self, inputs: int, width: int, stride: int, groups: int, base_width: int):
+    def __init__(self, inputs: int, width: int, stride: int, groups: int, base_width: int, dilation: int = 1):
         super().__init__()
         _check_plain(groups, base_width)
         self.bn1 = nn.BatchNorm2d(inputs)
-        self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
+        self.conv1 = nn.Conv2d(inputs, width, 3, stride, dilation, dilation, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, dilation, dilation, bias=False)
         self.downsample = _projection(inputs, width, stride, norm=False)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C2 H2 W2"]:
@@ -100,13 +100,13 @@ class PreActBottleneck(nn.Module):
     expansion = 4
     preactivation = True
 
-    def __init__(self, inputs: int, width: int, stride: int, groups: int, base_width: int):
+    def __init__(self, inputs: int, width: int, stride: int, groups: int, base_width: int, dilation: int = 1):
         super().__init__()
         middle = int(width * (base_width / 64.0)) * groups
         self.bn1 = nn.BatchNorm2d(inputs)
         self.conv1 = nn.Conv2d(inputs, middle, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(middle)
-        self.conv2 = nn.Conv2d(middle, middle, 3, stride, 1, groups=groups, bias=False)
+        self.conv2 = nn.Conv2d(middle, middle, 3, stride, dilation, dilation, groups, bias=False)
         self.bn3 = nn.BatchNorm2d(middle)
         self.conv3 = nn.Conv2d(middle, width * self.expansion, 1, bias=False)
         self.downsample = _projection(inputs, width * self.expansion, stride, norm=False)
@@ -143,8 +143,10 @@ class ResNet(Backbone):
     """A residual network: images (B, in_channels, H, W) to one map per stage.
 
     stem: "imagenet" (7x7 of stride 2, then pooling: strides 4, 8, 16, 32) or "small" for images of 28 to 64 pixels
-    (3x3 of stride 1, no pooling: strides 1, 2, 4, 8). widths: of the stages. With pre-activation blocks the last map is
-    normalized and rectified once more, as in the paper; the others are the sums themselves.
+    (3x3 of stride 1, no pooling: strides 1, 2, 4, 8). widths: of the stages. dilated: which of them, but the first,
+    replace their stride by a dilation of the 3x3 convolutions that follow, so that maps stay fine for one class by
+    pixel (Chen et al. 2017, arXiv:1706.05587); torchvision's `replace_stride_with_dilation`. With pre-activation blocks
+    the last map is normalized and rectified once more, as in the paper; the others are the sums themselves.
     Differs: the first activation is the first block's own, and its shortcut, where the identity, comes before it.
     """
 
@@ -157,6 +159,7 @@ class ResNet(Backbone):
         in_channels: int = 3,
         stem: Literal["imagenet", "small"] = "imagenet",
         widths: tuple[int, ...] = (64, 128, 256, 512),
+        dilated: tuple[bool, ...] | None = None,
         groups: int = 1,
         base_width: int = 64,
         zero_init_residual: bool = False,
@@ -165,7 +168,12 @@ class ResNet(Backbone):
         if len(blocks) != len(widths):
             raise ValueError(f"blocks and widths must be as many as stages, got {blocks} and {widths}")
         self.channels = [width * block.expansion for width in widths]
-        self.strides = [(4 if stem == "imagenet" else 1) * 2**stage for stage in range(len(widths))]
+        dilated = (False,) * (len(widths) - 1) if dilated is None else dilated
+        if len(dilated) != len(widths) - 1:
+            raise ValueError(f"dilated must say so for each stage but the first, {len(widths) - 1}, got {dilated}")
+        self.strides = [4 if stem == "imagenet" else 1]
+        for dilate in dilated:
+            self.strides.append(self.strides[-1] * (1 if dilate else 2))
         inputs = widths[0]
         if stem == "imagenet":
             self.conv1 = nn.Conv2d(in_channels, inputs, 7, 2, 3, bias=False)
@@ -175,11 +183,13 @@ class ResNet(Backbone):
             self.pool = nn.Identity()
         self.bn1 = None if block.preactivation else nn.BatchNorm2d(inputs)
         self.norm = nn.BatchNorm2d(self.channels[-1]) if block.preactivation else None
-        for index, (count, width) in enumerate(zip(blocks, widths), start=1):
+        dilation = 1
+        for index, (count, width, dilate) in enumerate(zip(blocks, widths, (False, *dilated)), start=1):
             stage: list[nn.Module] = []
             for position in range(count):
-                stride = 2 if position == 0 and index > 1 else 1
-                stage.append(block(inputs, width, stride, groups, base_width))
+                stride = 2 if position == 0 and index > 1 and not dilate else 1
+                stage.append(block(inputs, width, stride, groups, base_width, dilation))
+                dilation *= 2 if position == 0 and dilate else 1  # the first block still sees undilated neighbors
                 inputs = width * block.expansion
             setattr(self, f"layer{index}", nn.Sequential(*stage))
         self.fc = None if num_classes is None else nn.Linear(inputs, num_classes)

@@ -9,9 +9,11 @@ image is interpolated once, what a crop cut off comes back when a later step mov
 | `image` | (B, 3, H, W) | bilinear; `fill` where it shows what was outside |
 | `mask` `depth` `normals` | (B, C, H, W) | nearest, so that a depth of 0 or inf mixes with nothing; 0 outside |
 | `masks` | list of (N, H, W), one per object | nearest; 0 outside |
+| `semantic` `panoptic` | (B, H, W) | nearest; 255, 0 outside |
 | `boxes` | list of (N, 4) xyxy | around the moved outline, clipped; `boxes_visible` (N,) tells which are left |
 | `keypoints` | list of (..., 2) | moved, not clipped; `keypoints_visible` (...,) tells which are in the picture |
 | `camera` | `Camera` | projects the same world points to the moved pixels |
+| `mesh` beside `boxes` and `camera` | `Meshes` in the camera's frame | turns, or is mirrored, with the camera |
 
 **Camera.** For every affine A, A K is an intrinsic matrix times a rotation about the optical axis (RQ decomposition).
 The new K takes focal lengths, principal point and skew: all of crop, scale, translation and stretching, and the skew of
@@ -33,7 +35,7 @@ from torch import Tensor
 
 from vision3dgen.datasets.collate import RAGGED
 from vision3dgen.engine.loading import EpochAware
-from vision3dgen.structures import Camera
+from vision3dgen.structures import Camera, Meshes
 
 Size = tuple[int, int]  # (H, W)
 
@@ -350,7 +352,40 @@ class Greyscale(Photometric):
         return torch.where(chosen.view(-1, 1, 1, 1), rgb_to_grayscale(images).expand_as(images), images)
 
 
-Step = Geometric | Photometric | Distort
+@dataclass(frozen=True)
+class DropInvisible:
+    """Take objects out of the sample whose boxes have left the picture, or have a side of less than `min_side` pixels.
+
+    All that is said of each goes with its box (`PER_OBJECT`), its mesh too. With masks, an object none of whose pixels
+    is in the picture is taken out as well. What stays is as it was; boxes are not drawn closer around masks.
+    """
+
+    min_side: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.min_side >= 0:
+            raise ValueError(f"min_side must be at least 0 pixels, got {self.min_side}")
+
+    def drop(self, batch: dict[str, Any]) -> None:
+        """Leave out rows of a batch, in place of its entries."""
+        if "boxes" not in batch:
+            raise ValueError(f"drop_invisible needs the key 'boxes', the sample has {sorted(batch)}")
+        kept = []
+        for member, boxes in enumerate(batch["boxes"]):
+            stays = batch["boxes_visible"][member] & ((boxes[:, 2:] - boxes[:, :2]) >= self.min_side).all(1)
+            if "masks" in batch:
+                stays = stays & batch["masks"][member].flatten(1).any(1)
+            kept.append(stays)
+        if "mesh" in batch and len(batch["mesh"]) == sum(len(stays) for stays in kept):
+            batch["mesh"] = batch["mesh"][torch.cat(kept).cpu()]
+        for key in PER_OBJECT:
+            if key in batch:
+                batch[key] = [values[stays.to(values.device)] for values, stays in zip(batch[key], kept)]
+
+
+PER_OBJECT = ("areas", "boxes", "boxes_visible", "crowd", "difficult", "labels", "masks")
+
+Step = Geometric | Photometric | Distort | DropInvisible
 
 AUGMENTATIONS: dict[str, Callable[..., Step]] = {
     "crop": Crop,
@@ -366,6 +401,7 @@ AUGMENTATIONS: dict[str, Callable[..., Step]] = {
     "color": ColorJitter,
     "blur": Blur,
     "greyscale": Greyscale,
+    "drop_invisible": DropInvisible,
 }
 
 
@@ -401,7 +437,9 @@ class Augment:
                 continue
             size = _move(batch, size, pending, self.fill)
             pending = Moved(torch.eye(3, dtype=torch.float64).expand(count, 3, 3), size)
-            if isinstance(step, Distort):
+            if isinstance(step, DropInvisible):
+                step.drop(batch)
+            elif isinstance(step, Distort):
                 _bend(batch, step, step.bend(count, size, generator), self.fill)
             else:
                 batch["image"] = step.paint(batch["image"], generator)
@@ -429,11 +467,12 @@ class Augmented:
 # Keys by what becomes of them
 
 NEAREST = ("mask", "depth", "normals")
+NUMBERED = {"semantic": 255, "panoptic": 0}  # maps of numbers, and the number of what was outside
 
 
 def _as_batch(sample: Mapping[str, Any]) -> dict[str, Any]:
     batch = dict(sample)
-    for key in ("image", *NEAREST):
+    for key in ("image", *NEAREST, *NUMBERED):
         if key in batch:
             batch[key] = batch[key][None]
     for key in RAGGED:
@@ -445,7 +484,7 @@ def _as_batch(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _single(batch: dict[str, Any]) -> dict[str, Any]:
-    for key in ("image", *NEAREST, *RAGGED, "camera"):
+    for key in ("image", *NEAREST, *NUMBERED, *RAGGED, "camera"):
         if key in batch:
             batch[key] = batch[key][0]
     return batch
@@ -498,6 +537,8 @@ def _move(batch: dict[str, Any], size: Size, moved: Moved, fill: float) -> Size:
             turn.intrinsics.to(old.intrinsics),
             new_size,
         )
+        if "mesh" in batch and "boxes" in batch:
+            batch["mesh"] = _turned(batch["mesh"], [len(boxes) for boxes in batch["boxes"]], turn.rotation)
 
     def place(member: int, points: Tensor) -> Tensor:
         map = matrix[member].to(points.device)
@@ -534,6 +575,9 @@ def _resample(batch: dict[str, Any], source: Float[Tensor, "B H W 2"], fill: flo
     for key in NEAREST:
         if key in batch:
             batch[key] = _look_up(batch[key], source, "nearest")
+    for key, outside in NUMBERED.items():
+        if key in batch:
+            batch[key] = _look_up(batch[key][:, None] - outside, source, "nearest")[:, 0] + outside
     if "masks" in batch:
         batch["masks"] = [_look_up(m[None], source[i : i + 1], "nearest")[0] for i, m in enumerate(batch["masks"])]
 
@@ -602,6 +646,26 @@ def _turns(matrix: Float[Tensor, "B 3 3"], intrinsics: Float[Tensor, "B 3 3"]) -
     rotation[:, 0, 0], rotation[:, 0, 1] = sign * cosine, -sign * sine
     rotation[:, 1, 0], rotation[:, 1, 1] = sine, cosine
     return _Turn(torch.triu(product @ rotation.mT), rotation)
+
+
+def _turned(meshes: Meshes, counts: Sequence[int], rotation: Float[Tensor, "B 3 3"]) -> Meshes:
+    """The meshes of the objects of each image, turned about its camera; mirrored ones keep their outside outside."""
+    if len(meshes) != sum(counts):
+        raise ValueError(f"a batch with {sum(counts)} boxes must have as many meshes, got {len(meshes)}")
+    if not len(meshes):
+        return meshes
+    verts, faces = [], []
+    owners = [image for image, count in enumerate(counts) for _ in range(count)]
+    for owner, v, f in zip(owners, meshes.verts_list(), meshes.faces_list()):
+        turn = rotation[owner].to(v.device)
+        verts.append((v.double() @ turn.mT).to(v))
+        faces.append(f.flip(1) if torch.linalg.det(turn) < 0 else f)
+    return Meshes(
+        verts,
+        faces,
+        verts_attributes=meshes.verts_attributes_packed(),
+        faces_attributes=meshes.faces_attributes_packed(),
+    )
 
 
 def _centers(size: Size, device: torch.device) -> Float[Tensor, "N 2"]:

@@ -19,7 +19,7 @@ from torch.nn.functional import interpolate
 from vision3dgen.checks import check_choice
 from vision3dgen.datasets.drawn import DrawnItems
 from vision3dgen.datasets.manifest import SPLITS, SplitManifest
-from vision3dgen.datasets.scenes import DEPTH_UNITS
+from vision3dgen.datasets.scenes import DEPTH_UNITS, camera_of
 from vision3dgen.datasets.vocabulary import Vocabulary, padded
 from vision3dgen.files import read_jsonl, safe_join
 from vision3dgen.io import read_depth_png, read_image
@@ -83,7 +83,7 @@ class Captions(DrawnItems):
             raise ValueError(f"{self.file}: the file has no line")
         encoded = [self._encode(number, line, unknown, max_length) for number, line in enumerate(lines, start=1)]
         self.max_length = max_length or max(len(tokens) for each in encoded for tokens in each)
-        members = self._members(split, manifest)
+        members = members_of(self.root, split, manifest)
         chosen = [i for i, line in enumerate(lines) if members is None or line["id"] in members]
         if not chosen:
             raise ValueError(f"{self.file}: no line is in the split {split!r}")
@@ -142,19 +142,6 @@ class Captions(DrawnItems):
             raise ValueError(f"{where}: {error}") from error
         return encoded
 
-    def _members(self, split: str, manifest: str | None) -> set[str] | None:
-        """Ids of the split's lines; None for all lines."""
-        if split == "all":
-            return None
-        listed = sorted((self.root / "splits").glob("*.json"))
-        if manifest is not None:
-            listed = [path for path in listed if path.stem == manifest]
-        if len(listed) != 1:
-            found = [path.stem for path in listed] or "none" + (f" named {manifest!r}" if manifest else "")
-            raise ValueError(f"{self.root / 'splits'}: one split manifest is needed for {split!r}, found {found}")
-        manifests = SplitManifest.read(listed[0], self.root)
-        return {name for names in manifests.splits[split].values() for name in names}
-
     def _where(self, index: int) -> str:
         return f"{self.file}, line {self._numbers[index]}"
 
@@ -211,10 +198,7 @@ class Captions(DrawnItems):
         found = self.lines[index].get("camera")
         if found is None:
             raise ValueError(f"{self._where(index)}: the field 'camera' was asked for, but the line does not have it")
-        rotation, translation, intrinsics = (
-            torch.tensor(found[key], dtype=torch.float64) for key in ("rotation", "translation", "intrinsics")
-        )
-        camera = Camera(rotation, translation, intrinsics, self.image_shape(index))
+        camera = camera_of(self.lines[index])
         return camera if self.image_size is None else camera.resize((self.image_size, self.image_size))
 
 

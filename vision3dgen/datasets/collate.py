@@ -15,7 +15,10 @@ from vision3dgen.structures import (
 )
 
 # What an image has any number of: as many rows as objects.
-RAGGED = ("boxes", "boxes_visible", "crowd", "difficult", "keypoints", "keypoints_visible", "labels", "masks")
+RAGGED = (
+    "areas", "boxes", "boxes_visible", "crowd", "difficult", "keypoints", "keypoints_visible", "labels", "masks",
+    "proposals", "segment_crowd", "segment_labels",
+)  # fmt: skip
 
 
 def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

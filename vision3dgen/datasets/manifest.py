@@ -111,6 +111,23 @@ class SplitManifest:
         return wrong
 
 
+def members_of(root: Path, split: str, manifest: str | None = None) -> set[str] | None:
+    """Ids of a split's members by the manifest of that name, or the only one, in `root`/splits; None for "all".
+
+    Raises ValueError naming what manifests there are.
+    """
+    if split == "all":
+        return None
+    listed = sorted((root / "splits").glob("*.json"))
+    if manifest is not None:
+        listed = [path for path in listed if path.stem == manifest]
+    if len(listed) != 1:
+        found = [path.stem for path in listed] or "none" + (f" named {manifest!r}" if manifest else "")
+        raise ValueError(f"{root / 'splits'}: one split manifest is needed for {split!r}, found {found}")
+    manifests = SplitManifest.read(listed[0], root)
+    return {name for names in manifests.splits[split].values() for name in names}
+
+
 def assign_splits(count: int, fractions: tuple[float, float, float]) -> list[str]:
     """The split of each of `count` models in turn: one for every share that is not 0, the largest first, then each
     for the split most behind its share.

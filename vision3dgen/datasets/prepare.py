@@ -1,12 +1,13 @@
-"""Data made ready: generated shapes, or any folder of meshes, written in the public ShapeNet layouts.
+"""Data made ready: generated shapes, ShapeNetCore, or any folder of meshes, in the public ShapeNet layouts.
 
-One writer serves both. Under the root, for each synset and model:
+One writer serves all. Under the root, for each synset S and model M, depending on the steps:
 
     ShapeNetCore.v2/S/M/models/model_normalized.obj, .mtl   bounding box centred at 0, its diagonal 1, +y up, -z front
     ShapeNetRendering/S/M/rendering/00.png ...              137 x 137 RGBA; renderings.txt, rendering_metadata.txt
-    ShapeNetVox32/S/M/model.binvox                          32^3 solid, in the OBJ's coordinates
+    ShapeNetVox32/S/M/model.binvox, surface.binvox          solid and surface voxels, in the OBJ's coordinates; 64, 128
     ShapeNet/S/M/points.npz, pointcloud.npz, model.binvox   Occupancy Networks' samples, longest edge 1
-    ShapeNetGeometry/S/M/00_depth.png, 00_normals.png, 00_mask.png, frame.json, record.json
+    ShapeNetGeometry/S/M/00_depth.png, 00_normals.png, 00_mask.png, distances.npz, watertight.ply, frame.json
+    ShapeNetGeometry/S/M/record.json                        written last; or rejected.json
 
 The bytes depend on the arguments and the installed renderer, not on the number of workers. A model is complete once its
 record.json is there; a run that was stopped goes on behind the complete ones.
@@ -15,40 +16,43 @@ record.json is there; a run that was stopped goes on behind the complete ones.
 import hashlib
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from vision3dgen.checks import check_finite
-from vision3dgen.datasets.manifest import SPLITS, SplitManifest, assign_splits, read_json, sha256, write_json
-from vision3dgen.datasets.procedural import CATEGORIES, category_name, make_shape
-from vision3dgen.datasets.shapenet import DEPTH_UNITS
+from vision3dgen.datasets.manifest import SPLITS, SplitManifest, assign_splits, write_json
+from vision3dgen.datasets.prepared import (
+    PLAIN,
+    Done,
+    Job,
+    Limits,
+    Settings,
+    clear,
+    complete,
+    folder_of,
+    prepare_one,
+    rejected_before,
+)
+from vision3dgen.datasets.procedural import CATEGORIES, category_name
+from vision3dgen.datasets.sources import (
+    MESHES,
+    OTHER,
+    SUFFIXES,
+    Generated,
+    MeshFile,
+    Rejected,
+    Source,
+    digest,
+    mesh_files,
+    shapenet_files,
+)
 from vision3dgen.files import atomic_write
-from vision3dgen.io import load_mesh, save_npz, save_obj, write_binvox, write_depth_png, write_png
-from vision3dgen.ops.inside import contains, winding_number
-from vision3dgen.ops.meshes import sample_points_from_meshes
-from vision3dgen.ops.render import GRAY, Rendering, raycast, resolve_renderer
-from vision3dgen.parallel import map_in_order
-from vision3dgen.structures import Camera, Frame, GridSpec, Meshes
+from vision3dgen.parallel import Engine, Local, Lost, tracked
+from vision3dgen.structures import Camera
 
-SUFFIXES = (".obj", ".ply", ".off", ".stl", ".glb")
-OTHER = ("00000000", "meshes")  # synset and name of meshes whose folder names no category
-BOX = 0.55  # half edge of the cube of query points
-AMBIGUOUS = 0.1  # winding numbers closer than this to 1/2 are counted
-
-_FORMAT = 1  # of record.json; a change of what is written for the same settings raises it
-
-
-class Rejected(NamedTuple):
-    file: str  # relative to the source folder
-    step: str  # read, check, sample
-    error: str
+LIMITS = Limits(seconds=600.0, mebibytes=4096)
+_ATTEMPTS = 2  # at a model whose process dies
 
 
 class Prepared(NamedTuple):
@@ -64,80 +68,6 @@ class Prepared(NamedTuple):
         lines = [f"{self.root}: {self.written} written, {self.kept} kept, {len(self.rejected)} rejected"]
         lines += [f"  {file}: {error} ({step})" for file, step, error in self.rejected]
         return "\n".join([*lines, f"splits: {self.manifest}"])
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the bytes of a model depend on, beside its source."""
-
-    seed: int
-    views: int
-    points: int
-    image_size: int
-    resolution: int
-    renderer: str
-
-    def __post_init__(self) -> None:
-        for name, least in (("seed", 0), ("views", 1), ("points", 1), ("image_size", 1), ("resolution", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-
-
-class Loaded(NamedTuple):
-    mesh: Meshes  # one member, float64, in the source's coordinates
-    materials: Mapping[str, tuple[float, float, float]]
-    face_material: Tensor  # (F,)
-    about: Mapping[str, Any]  # for the record
-
-
-@dataclass(frozen=True)
-class Generated:
-    """The procedural shape number `index` of a category."""
-
-    synset: str
-    model: str
-    index: int
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {"category": CATEGORIES[self.synset], "index": self.index}
-
-    def load(self) -> Loaded:
-        shape = make_shape(self.synset, int(self.model[:15], 16))
-        mesh = Meshes([torch.from_numpy(shape.vertices)], [torch.from_numpy(shape.faces)])
-        materials = {part.replace(" ", "_"): (r, g, b) for part, (r, g, b) in zip(shape.parts, shape.colors.tolist())}
-        return Loaded(mesh, materials, torch.from_numpy(shape.face_part), {"parameters": dict(shape.parameters)})
-
-
-@dataclass(frozen=True)
-class MeshFile:
-    """A mesh file of somebody else's."""
-
-    synset: str
-    model: str
-    path: str
-    name: str  # relative to the source folder
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {"file": self.name, "sha256": sha256(self.path)}
-
-    def load(self) -> Loaded:
-        read = load_mesh(self.path)
-        verts, faces = read.get_mesh_verts_faces(0)
-        color = read.faces_attributes_packed().get("color")
-        corner_color = read.verts_attributes_packed().get("color")
-        if color is None and corner_color is not None:
-            color = corner_color[faces].mean(1)
-        if color is None or color.shape[1:] != (3,):
-            return Loaded(Meshes([verts.double()], [faces]), {"surface": GRAY}, torch.zeros(len(faces)).long(), {})
-        # eight levels per channel keep the materials few
-        palette, material = torch.unique((color.clamp(0, 1) * 8).round() / 8, dim=0, return_inverse=True)
-        materials = {f"color_{i}": (r, g, b) for i, (r, g, b) in enumerate(palette.tolist())}
-        return Loaded(Meshes([verts.double()], [faces]), materials, material, {})
-
-
-Source = Generated | MeshFile
 
 
 # ------------------------------------------------------------------------------------------------------- commands
@@ -167,16 +97,16 @@ def prepare_procedural(
     """
     if shapes_per_category < 1:
         raise ValueError(f"shapes_per_category must be at least 1, got {shapes_per_category}")
-    settings = Settings(seed, views, points, image_size, resolution, resolve_renderer(renderer))
+    settings = Settings(seed, views, points, image_size, (resolution,), renderer, PLAIN)
     wanted = {category_name(category) for category in categories} if categories else set(CATEGORIES.values())
     synsets = [synset for synset, category in CATEGORIES.items() if category in wanted]
     sources = [
-        Generated(synset, _digest(f"{synset}/{seed}/{index}"), index)
+        Generated(synset, digest(f"{synset}/{seed}/{index}"), index)
         for synset in synsets
         for index in range(shapes_per_category)
     ]
     assigned = assign_splits(shapes_per_category, split)
-    return _prepare(Path(root), sources, settings, name, lambda _: assigned, workers).prepared
+    return _prepare(Path(root), sources, settings, name, lambda _: assigned, _here(workers)).prepared
 
 
 def prepare_meshes(
@@ -204,44 +134,76 @@ def prepare_meshes(
     Raises ValueError if there is no mesh file, or `root` holds models of other settings.
     """
     folder, root = Path(source), Path(root)
-    settings = Settings(seed, views, points, image_size, resolution, resolve_renderer(renderer))
+    settings = Settings(seed, views, points, image_size, (resolution,), renderer, PLAIN)
     assign_splits(1, split)
-    sources = _mesh_files(folder, root)
+    sources = mesh_files(folder, root)
     if not sources:
         raise ValueError(
             f"{folder}: no {', '.join(SUFFIXES)} file in it" if folder.is_dir() else f"{folder}: no such folder"
         )
-    outcome = _prepare(root, sources, settings, name, lambda count: assign_splits(count, split), workers)
-    accepted = [
-        {"file": record["source"]["file"], "synset": source.synset, "model": source.model}
-        | {key: record[key] for key in ("watertight", "ambiguous", "turned")}
-        for source, record in outcome.records
-    ]
-    rejected = [entry._asdict() for entry in outcome.prepared.rejected]
-    write_json(root / "manifest.json", {"name": name, "seed": seed, "accepted": accepted, "rejected": rejected})
+    outcome = _prepare(root, sources, settings, name, lambda count: assign_splits(count, split), _here(workers))
+    _write_manifest(root, name, settings, outcome)
     return outcome.prepared
 
 
-def _mesh_files(folder: Path, root: Path) -> list[MeshFile]:
-    """Mesh files under `folder`, but not those under `root`, with the category their folders name and a model id."""
-    ids = {category: synset for synset, category in CATEGORIES.items()} | {synset: synset for synset in CATEGORIES}
-    found = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not path.resolve().is_relative_to(root.resolve())
-    )
-    placed = []
-    for path in found:
-        name = path.relative_to(folder).as_posix()
-        category = next((ids[part] for part in reversed(Path(name).parts[:-1]) if part in ids), OTHER[0])
-        placed.append((category, re.sub(r"[^A-Za-z0-9_-]", "_", path.stem), name, path))
-    taken = Counter((category, model.lower()) for category, model, _, _ in placed)
-    return [
-        MeshFile(
-            category, model if taken[category, model.lower()] == 1 else f"{model}-{_digest(name)[:8]}", str(path), name
-        )
-        for category, model, name, path in placed
-    ]
+def prepare_shapenet(
+    source: str | os.PathLike[str],
+    root: str | os.PathLike[str],
+    settings: Settings | None = None,
+    *,
+    engine: Engine | None = None,
+    limits: Limits | None = None,
+    cameras: Camera | None = None,
+    split: tuple[float, float, float] = (0.7, 0.1, 0.2),
+    name: str = "shapenet_v1",
+    again: bool = False,
+) -> Prepared:
+    """Bring ShapeNetCore (v1 or v2) under `source` into the layout of this module under `root`, dirty meshes included.
+
+    settings: what is made of each model, by default everything but watertight surfaces. engine: `parallel.Local` (by
+    default with one process) or `parallel.Ray`; the bytes do not depend on it. limits: of each model, by default ten
+    minutes and 4 GiB. cameras: a batch to draw every model with, in the OBJ's coordinates, instead of 3D-R2N2's.
+    again: try the files once more that an earlier run could not use.
+
+    A model whose file cannot be used, that takes too long or too much memory, or whose process dies twice is listed in
+    ROOT/manifest.json with step and reason and costs nothing but itself. Run again to go on: complete models are
+    kept, and so are rejections, but for those by time, memory and death.
+    Raises ValueError if there is no model, or `root` holds models of other settings; OSError if a file cannot be
+    written, and then a second run goes on where this one stopped.
+    """
+    folder, root = Path(source), Path(root)
+    settings, engine, limits = settings or Settings(), engine or Local(), limits or LIMITS
+    assign_splits(1, split)
+    if cameras is not None:
+        cameras = Camera.stack([cameras]) if cameras.translation.ndim == 1 else cameras
+        settings = replace(settings, views=len(cameras), cameras=_digest_of(cameras), image_size=cameras.image_size[0])
+    found = shapenet_files(folder)
+    if not found.files:
+        raise ValueError(f"{folder}: no SYNSET/MODEL/{' or '.join(MESHES)} in it; see prepare_meshes for other folders")
+    if again:
+        for file in found.files:
+            (folder_of(root, "ShapeNetGeometry", file) / "rejected.json").unlink(missing_ok=True)
+    outcome = _prepare(
+        root, found.files, settings, name, lambda count: assign_splits(count, split), engine,
+        limits=limits, cameras=cameras, names=found.names, whole=False,
+    )  # fmt: skip
+    outcome.prepared.rejected.extend(found.rejected)
+    _write_manifest(root, name, settings, outcome)
+    return outcome.prepared
+
+
+def _here(workers: int) -> Engine:
+    """What made one process enough before there were engines."""
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    return Local(workers if workers > 1 else 0)
+
+
+def _digest_of(cameras: Camera) -> str:
+    """Of cameras' numbers."""
+    values = (cameras.rotation, cameras.translation, cameras.intrinsics)
+    numbers = b"".join(value.double().cpu().numpy().tobytes() for value in values)
+    return hashlib.sha256(numbers + repr(tuple(cameras.image_size)).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------- a run
@@ -249,52 +211,80 @@ def _mesh_files(folder: Path, root: Path) -> list[MeshFile]:
 
 class _Outcome(NamedTuple):
     prepared: Prepared
-    records: list[tuple[Source, dict[str, Any]]]
+    models: list[tuple[Source, Done]]
 
 
 def _prepare(
-    root: Path, sources: Sequence[Source], settings: Settings, name: str, assign: Any, workers: int
+    root: Path,
+    sources: Sequence[Source],
+    settings: Settings,
+    name: str,
+    assign: Any,
+    engine: Engine,
+    *,
+    limits: Limits = Limits(),  # noqa: B008, a tuple
+    cameras: Camera | None = None,
+    names: Mapping[str, str] | None = None,
+    whole: bool = True,
 ) -> _Outcome:
     """Write the models that are not complete, then the lists and the manifest of all."""
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
     if not re.fullmatch(r"[\w-]+", name):
         raise ValueError(f"name must be letters, digits, '_' or '-', got {name!r}")
-    records = {source: record for source in sources if (record := _complete(root, source, settings)) is not None}
-    kept = len(records)
-    todo = [source for source in sources if source not in records]
-    rejected = []
+    results: dict[int, Done | Rejected] = {}
+    for number, source in enumerate(sources):
+        before: Done | Rejected | None = complete(root, source, settings, whole=whole)
+        if before is None and isinstance(source, MeshFile):
+            before = rejected_before(root, source, settings)
+        if before is not None:
+            results[number] = before
+    kept = sum(isinstance(result, Done) for result in results.values())
+    todo = [number for number in range(len(sources)) if number not in results]
     root.mkdir(parents=True, exist_ok=True)
-    jobs = [(root, source, settings) for source in todo]
-    for source, result in zip(todo, map_in_order(_prepare_one, jobs, workers=workers, title="preparing")):
-        if isinstance(result, Rejected):
-            rejected.append(result)
-        else:
-            records[source] = result
-    whole = [(source, records[source]) for source in sources if source in records]
-    manifest = _write_lists(root, whole, settings, name, assign)
-    return _Outcome(Prepared(root, len(records) - kept, kept, rejected, manifest), whole)
+    for attempt in range(_ATTEMPTS):
+        jobs = [Job(root, sources[number], settings, cameras, limits, whole) for number in todo]
+        # a call that does not return, which the job's own alarm cannot interrupt, is ended with its process
+        timeout = None if limits.seconds is None else 1.5 * limits.seconds + 30
+        lost = []
+        for index, result in tracked(
+            engine.run(prepare_one, jobs, timeout=timeout), total=len(jobs), title="preparing"
+        ):
+            number = todo[index]
+            if not isinstance(result, Lost):
+                results[number] = result
+            elif attempt + 1 < _ATTEMPTS:
+                lost.append(number)
+            else:
+                source = sources[number]
+                if not isinstance(source, MeshFile):
+                    raise RuntimeError(f"{source.synset}/{source.model} has no result: {result.reason}")
+                results[number] = Rejected(source.name, "process", f"{_ATTEMPTS} times: {result.reason}")
+        todo = sorted(lost)
+    models = [(sources[number], done) for number, done in sorted(results.items()) if isinstance(done, Done)]
+    rejected = [result for _, result in sorted(results.items()) if isinstance(result, Rejected)]
+    manifest = _write_lists(root, models, settings, name, assign, names or {})
+    return _Outcome(Prepared(root, len(models) - kept, kept, rejected, manifest), models)
 
 
-def _complete(root: Path, source: Source, settings: Settings) -> dict[str, Any] | None:
-    """The record of a model that is complete; ValueError if it was made with other settings."""
-    path = _folder(root, "ShapeNetGeometry", source) / "record.json"
-    if not path.is_file():
-        return None
-    record = read_json(path)
-    expected = {**_described(settings), **source.identity}
-    found = {**record.get("settings", {}), **record.get("source", {})}
-    for key in expected:
-        if found.get(key) != expected[key]:
-            raise ValueError(
-                f"{path}: {source.synset}/{source.model} was prepared with {key}={found.get(key)!r}, now "
-                f"{key}={expected[key]!r} is asked for; choose another root or delete this model's folders"
-            )
-    return record if all((root / file).is_file() for file in record["files"]) else None
+def _write_manifest(root: Path, name: str, settings: Settings, outcome: _Outcome) -> None:
+    """manifest.json: what became of each file."""
+    about = ("watertight", "ambiguous", "turned", "repair", "distortion")
+    accepted = [
+        {"file": done.facts["source"]["file"], "synset": source.synset, "model": source.model}
+        | {key: done.facts[key] for key in about if key in done.facts}
+        for source, done in outcome.models
+    ]
+    rejected = [entry._asdict() for entry in outcome.prepared.rejected]
+    head = {"name": name, "seed": settings.seed, "settings": settings.described()}
+    write_json(root / "manifest.json", {**head, "accepted": accepted, "rejected": rejected})
 
 
 def _write_lists(
-    root: Path, models: Sequence[tuple[Source, dict[str, Any]]], settings: Settings, name: str, assign: Any
+    root: Path,
+    models: Sequence[tuple[Source, Done]],
+    settings: Settings,
+    name: str,
+    assign: Any,
+    names: Mapping[str, str],
 ) -> Path:
     """taxonomy.json, metadata.yaml, *.lst and the split manifest, which it returns."""
     members: dict[str, list[str]] = {}
@@ -306,210 +296,28 @@ def _write_lists(
         for split in SPLITS:
             splits[split][synset] = sorted(model for model, own in zip(ids, assigned) if own == split)
             folder = root / "ShapeNet" / synset
+            folder.mkdir(parents=True, exist_ok=True)
+            clear(folder)
             with atomic_write(folder / f"{split}.lst") as file:
                 file.write("\n".join(splits[split][synset]).encode())  # readers split at newlines: none at the end
-    names = {**CATEGORIES, OTHER[0]: OTHER[1]}
+    names = {**CATEGORIES, OTHER[0]: OTHER[1], **names}
     if models:
         write_json(
             root / "ShapeNetCore.v2" / "taxonomy.json",
             [
-                {"synsetId": synset, "name": names[synset], "children": [], "numInstances": len(ids)}
+                {"synsetId": synset, "name": names.get(synset, synset), "children": [], "numInstances": len(ids)}
                 for synset, ids in sorted(members.items())
             ],
         )
         with atomic_write(root / "ShapeNet" / "metadata.yaml") as file:
-            entries = [f"'{synset}':\n  id: '{synset}'\n  name: {names[synset]}\n" for synset in sorted(members)]
+            entries = [
+                f"'{synset}':\n  id: '{synset}'\n  name: {names.get(synset, synset)}\n" for synset in sorted(members)
+            ]
             file.write("".join(entries).encode())
     (root / "splits").mkdir(exist_ok=True)
+    for folder in (root, root / "splits", root / "ShapeNet", root / "ShapeNetCore.v2"):
+        clear(folder)
     path = root / "splits" / f"{name}.json"
-    files = {file: digest for _, record in models for file, digest in record["files"].items()}
-    SplitManifest(name, _FORMAT, settings.seed, splits, files).write(path)
+    files = {file: sha for _, done in models for file, sha in done.files.items()}
+    SplitManifest(name, 1, settings.seed, splits, files).write(path)
     return path
-
-
-# ---------------------------------------------------------------------------------------------------------- a model
-
-
-class _Shot(NamedTuple):
-    azimuth: float
-    elevation: float
-    distance_ratio: float
-    picture: Rendering
-
-
-class _Made(NamedTuple):
-    mesh: Meshes  # as written, float32
-    source_frame: Frame  # from the source's coordinates to the OBJ's
-    frame: Frame  # from the OBJ's coordinates to the samples'
-    points: np.ndarray  # (N, 3) float16
-    occupancies: np.ndarray  # (N,) bool
-    surface: np.ndarray  # (N, 3) float16
-    normals: np.ndarray  # (N, 3) float16
-    voxels: Tensor  # (D, H, W) bool
-    shots: list[_Shot]
-    facts: dict[str, Any]
-
-
-def _prepare_one(job: tuple[Path, Source, Settings]) -> dict[str, Any] | Rejected:
-    """Make and write one model; its record, or the reason why a mesh file cannot be used."""
-    root, source, settings = job
-    step = "read"
-    try:
-        loaded = source.load()
-        step = "check"
-        loaded = _check(loaded)
-        step = "sample"
-        made = _make(loaded, source, settings)
-    except Exception as error:  # whatever is wrong with one file of somebody else's, the others go on
-        if isinstance(source, Generated):
-            error.add_note(f"while generating {source.synset}/{source.model}, shape {source.index}")
-            raise
-        reason = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
-        return Rejected(source.name, step, reason.replace(source.path, source.name))
-    return _write(root, source, settings, loaded, made)
-
-
-def _check(loaded: Loaded) -> Loaded:
-    """Without the vertices no face uses; ValueError for what has no surface."""
-    verts, faces = loaded.mesh.get_mesh_verts_faces(0)
-    check_finite(vertices=verts)
-    if not len(faces):
-        raise ValueError(f"no faces ({len(verts)} vertices)")
-    mesh = loaded.mesh.submeshes([[torch.arange(len(faces))]])
-    low, high = mesh.verts_packed().amin(0), mesh.verts_packed().amax(0)
-    diagonal = float((high - low).norm())
-    if diagonal == 0 or float(mesh.faces_areas_packed().sum()) <= 1e-12 * diagonal**2:
-        raise ValueError(f"no surface: {len(faces)} faces, all of area zero")
-    return loaded._replace(mesh=mesh)
-
-
-def _make(loaded: Loaded, source: Source, settings: Settings) -> _Made:
-    """Everything that is written, computed from the vertices exactly as the OBJ will hold them."""
-    source_frame = Frame.unit_diagonal(loaded.mesh.verts_packed())
-    verts, faces = source_frame.normalize(loaded.mesh).get_mesh_verts_faces(0)
-    verts = verts.float()
-    watertight = _is_closed(verts, faces)
-    turned = watertight and _volume(verts.double(), faces) < 0
-    if turned:
-        faces = faces.flip(1)
-    mesh = Meshes([verts], [faces])
-    frame = Frame.longest_edge(verts)
-    canonical = frame.normalize(Meshes([verts.double()], [faces]))
-
-    key = int(_digest(f"{source.synset}/{source.model}"), 16)
-    cameras, space, surface = (np.random.default_rng([settings.seed, key, stream]) for stream in range(3))
-    # Float16 rounds a point by up to 2e-4, so occupancies are asked for the rounded points, as they will be read.
-    points = ((space.random((settings.points, 3)) * 2 - 1) * BOX).astype(np.float16)
-    winding = winding_number(canonical, torch.from_numpy(points.astype(np.float64))).abs()
-    generator = torch.Generator().manual_seed(int(surface.integers(2**62)))
-    on_surface, normals = sample_points_from_meshes(canonical, settings.points, True, generator=generator)
-    cells = GridSpec.cube(settings.resolution).points(torch.float64)
-    voxels = contains(canonical, cells.view(-1, 3)).view(cells.shape[:3])
-    if not watertight and not voxels.any() and not (winding > 0.5).any():
-        raise ValueError("nothing is inside: an open sheet, no sampled point has a winding number over 0.5")
-
-    palette = torch.tensor(list(loaded.materials.values()))
-    face_colors = palette[loaded.face_material]
-    shots = []
-    for a, e, d in cameras.random((settings.views, 3)).tolist():
-        azimuth, elevation, ratio = round(360 * a, 6), round(25 + 5 * e, 6), round(0.65 + 0.3 * d, 6)
-        camera = Camera.from_r2n2(azimuth, elevation, ratio, settings.image_size)
-        picture = raycast(mesh, camera, face_colors=face_colors, renderer=settings.renderer)
-        shots.append(_Shot(azimuth, elevation, ratio, picture))
-    return _Made(
-        mesh,
-        source_frame,
-        frame,
-        points,
-        (winding > 0.5).numpy(),
-        on_surface[0].numpy().astype(np.float16),
-        normals[0].numpy().astype(np.float16),
-        voxels,
-        shots,
-        {
-            "watertight": watertight,
-            "ambiguous": float(((winding - 0.5).abs() < AMBIGUOUS).double().mean()),
-            "turned": turned,
-        },
-    )
-
-
-def _is_closed(verts: Tensor, faces: Tensor) -> bool:
-    """Whether each edge, vertices at one place being one, is run along as often forth as back."""
-    _, place = torch.unique(verts, dim=0, return_inverse=True)
-    start = place[faces].reshape(-1)
-    end = place[faces].roll(-1, 1).reshape(-1)
-    edges = torch.minimum(start, end) * len(verts) + torch.maximum(start, end)
-    which = edges.unique(return_inverse=True)[1]
-    net = torch.zeros(len(edges), dtype=torch.int64).index_add_(0, which, (end - start).sign())
-    return not bool(net.any())
-
-
-def _volume(verts: Tensor, faces: Tensor) -> float:
-    a, b, c = verts[faces].unbind(1)
-    return float((a * torch.linalg.cross(b, c)).sum()) / 6
-
-
-def _write(root: Path, source: Source, settings: Settings, loaded: Loaded, made: _Made) -> dict[str, Any]:
-    """Write a model's files, its record last."""
-    files = []
-
-    def place(folder: str, name: str) -> Path:
-        path = _folder(root, folder, source) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.append(path)
-        return path
-
-    obj = place("ShapeNetCore.v2", "models/model_normalized.obj")
-    files.append(obj.with_suffix(".mtl"))
-    verts, faces = made.mesh.get_mesh_verts_faces(0)
-    save_obj(obj, verts, faces, face_material=loaded.face_material, materials=loaded.materials)
-
-    low = [center - made.frame.scale / 2 for center in made.frame.center]
-    for path in (place("ShapeNetVox32", "model.binvox"), place("ShapeNet", "model.binvox")):
-        write_binvox(path, made.voxels, (low[0], low[1], low[2]), made.frame.scale)
-    where = {"loc": np.array(made.frame.center), "scale": np.array(made.frame.scale)}
-    packed = np.packbits(made.occupancies)
-    save_npz(place("ShapeNet", "points.npz"), points=made.points, occupancies=packed, **where)
-    save_npz(place("ShapeNet", "pointcloud.npz"), points=made.surface, normals=made.normals, **where)
-
-    names = [f"{number:02d}" for number in range(len(made.shots))]
-    for name, shot in zip(names, made.shots):
-        picture = shot.picture
-        write_png(place("ShapeNetRendering", f"rendering/{name}.png"), _to_bytes(picture.rgba))
-        write_depth_png(place("ShapeNetGeometry", f"{name}_depth.png"), picture.depth, units_per_metre=DEPTH_UNITS)
-        normals = torch.where(picture.mask[..., None], picture.normals * 0.5 + 0.5, 0)  # black: none
-        write_png(place("ShapeNetGeometry", f"{name}_normals.png"), _to_bytes(normals))
-        write_png(place("ShapeNetGeometry", f"{name}_mask.png"), picture.mask.numpy())
-    with atomic_write(place("ShapeNetRendering", "rendering/renderings.txt")) as file:
-        file.write("".join(f"{name}.png\n" for name in names).encode())
-    with atomic_write(place("ShapeNetRendering", "rendering/rendering_metadata.txt")) as file:
-        file.write("".join(f"{s.azimuth} {s.elevation} 0 {s.distance_ratio} 25\n" for s in made.shots).encode())
-    write_json(place("ShapeNetGeometry", "frame.json"), made.source_frame.to_dict())
-
-    record = {
-        "settings": _described(settings),
-        "source": source.identity,
-        **made.facts,
-        **loaded.about,
-        "files": {path.relative_to(root).as_posix(): sha256(path) for path in files},
-    }
-    write_json(_folder(root, "ShapeNetGeometry", source) / "record.json", record)
-    return record
-
-
-def _folder(root: Path, folder: str, source: Source) -> Path:
-    return root / folder / source.synset / source.model
-
-
-def _described(settings: Settings) -> dict[str, Any]:
-    return {"format": _FORMAT, **asdict(settings)}
-
-
-def _to_bytes(picture: Tensor) -> np.ndarray:
-    return (picture * 255).round().byte().numpy()
-
-
-def _digest(text: str) -> str:
-    """32 hexadecimal digits, as ShapeNet's model ids."""
-    return hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()[:32]

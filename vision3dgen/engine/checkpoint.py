@@ -73,7 +73,7 @@ def save(
             "best": best,
             "snapshot": snapshot,
             "metrics": {name: value if math.isfinite(value) else None for name, value in (metrics or {}).items()},
-            "files": {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in partial.iterdir()},
+            "files": {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in partial.iterdir()},
         }
         (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         for path in [*partial.iterdir(), partial]:
@@ -109,7 +109,7 @@ def verify(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} is missing")
         if path.stat().st_size != expected["size"]:
             raise CheckpointError(f"{path} is truncated: {path.stat().st_size} bytes of {expected['size']}")
-        if _sha256(path) != expected["sha256"]:
+        if sha256(path) != expected["sha256"]:
             raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one recorded when it was written")
     return meta
 
@@ -139,7 +139,7 @@ def load_weights(model: nn.Module, folder: Path, *, ema: bool = True) -> dict[st
     """
     meta = verify(folder)
     name = "ema.safetensors" if ema and "ema.safetensors" in meta["files"] else "model.safetensors"
-    _load(model, folder / name)
+    load_file(model, folder / name)
     return meta
 
 
@@ -149,15 +149,18 @@ def load(folder: Path, model: nn.Module, ema: nn.Module | None = None) -> dict[s
     if (ema is not None) != ("ema.safetensors" in meta["files"]):
         has, wants = ("no", "one") if ema is not None else ("a", "none")
         raise CheckpointError(f"{folder} has {has} moving average of the weights and this run keeps {wants}")
-    _load(model, folder / "model.safetensors")
+    load_file(model, folder / "model.safetensors")
     if ema is not None:
-        _load(ema, folder / "ema.safetensors")
+        load_file(ema, folder / "ema.safetensors")
     return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
 
 
-def _load(model: nn.Module, path: Path) -> None:
+def load_file(model: nn.Module, path: Path) -> None:
+    """Load a safetensors file in place; a CheckpointError names the file that is damaged, or of another model."""
     try:
         load_model(model, path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
     except RuntimeError as error:  # torch's list of missing, unexpected and misshapen names
         raise CheckpointError(f"{path} is not of this model: {error}") from error
 
@@ -211,7 +214,8 @@ def _remove_leftovers(run_dir: Path) -> None:
         shutil.rmtree(leftover)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -17,6 +17,9 @@ from vision3dgen.generators.autoencoder import GaussianNoise as GaussianNoise
 from vision3dgen.generators.autoencoder import MaskingNoise as MaskingNoise
 from vision3dgen.generators.autoencoder import SaltAndPepper as SaltAndPepper
 from vision3dgen.generators.autoregressive import Autoregressive as Autoregressive
+from vision3dgen.generators.codes import PRIORS as PRIORS
+from vision3dgen.generators.codes import CodePrior as CodePrior
+from vision3dgen.generators.codes import LatentGAN as LatentGAN
 from vision3dgen.generators.decoder_likelihoods import DECODER_LIKELIHOODS as DECODER_LIKELIHOODS
 from vision3dgen.generators.decoder_likelihoods import Bernoulli as Bernoulli
 from vision3dgen.generators.decoder_likelihoods import DecoderLikelihood as DecoderLikelihood
@@ -78,10 +81,12 @@ from vision3dgen.generators.vqvae import k_means as k_means
 
 GENERATORS: dict[str, type[nn.Module]] = {
     "autoencoder": Autoencoder,
+    "code_prior": CodePrior,
     "diagonal_bilstm": DiagonalBiLSTMPixelRNN,
     "gan": GAN,
     "gated_pixelcnn": GatedPixelCNN,
     "imagegpt": ImageGPT,
+    "latent_gan": LatentGAN,
     "occupancy_vae": OccupancyVAE,
     "pixelcnn": PixelCNN,
     "pixelcnnpp": PixelCNNpp,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vision3dgen.generators.likelihoods import Likelihood, to_values
-from vision3dgen.generators.masked import Cache, CausalConv2d
+from vision3dgen.generators.masked import Cache, CausalConv2d, Pixels
 from vision3dgen.losses import check_labels
 
 
@@ -49,6 +49,21 @@ class Autoregressive(nn.Module, ABC):
         cache: Cache | None = None,
     ) -> Float[Tensor, "B P N W"]:  # fmt: skip
         """The likelihood's parameters of each pixel, from the pixels before it: x in [-1, 1], `rows` of `vertical`."""
+
+    def begin_row(self, batch: int, rows: Sequence[Any], cond: Int[Tensor, " B"] | None, cache: Cache) -> Pixels:
+        """How the pixels of the row that the cache is at are made, `batch` of them at once, from `rows` of `vertical`.
+
+        By default one after another by `horizontal`; families for which its overhead would be most of the time write
+        out what there is to compute for a pixel.
+        """
+
+        def step(x: Tensor, column: int) -> Tensor:
+            return self.horizontal(x[:, :, None, None], rows, cond, cache.at(cache.row, column))[:, :, 0, 0]
+
+        def observe(x: Tensor, column: int) -> None:
+            self.observe(x[:, :, None, None], cache.at(cache.row, column))
+
+        return Pixels(step, observe)
 
     def observe(self, x: Float[Tensor, "B C 1 1"], cache: Cache) -> None:
         """Take in the values of the pixel at hand, once they are known."""
@@ -141,3 +156,7 @@ class ClassBias(nn.Module):
         if self.table is None or cond is None:
             return 0.0
         return self.table(cond)[:, :, None, None]
+
+    def row(self, cond: Int[Tensor, " B"] | None) -> Float[Tensor, "B C 1"] | None:
+        """The same for a row of pixels, as `CausalConv2d.begin` adds it."""
+        return None if self.table is None or cond is None else self.table(cond)[:, :, None]

@@ -28,6 +28,8 @@ Labels = Int[Tensor, " B"] | None
 
 
 class GeneratorNetwork(nn.Module, ABC):
+    """Noise (B, Z) to samples, of a class where the network has `classes`."""
+
     latents: int
     classes: int | None = None
 
@@ -36,6 +38,8 @@ class GeneratorNetwork(nn.Module, ABC):
 
 
 class DiscriminatorNetwork(nn.Module, ABC):
+    """Samples to one score each, above 0 for real, of a class where the network has `classes`."""
+
     classes: int | None = None
 
     @abstractmethod

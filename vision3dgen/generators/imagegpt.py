@@ -1,17 +1,18 @@
 """ImageGPT: a transformer decoder over the values of an image, one after another."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vision3dgen.generators.autoregressive import Autoregressive
 from vision3dgen.generators.likelihoods import Categorical
-from vision3dgen.generators.masked import Cache
+from vision3dgen.generators.masked import Cache, Pixels
 from vision3dgen.layers import KeyValueCache, TransformerBlock
 
 
@@ -20,11 +21,46 @@ class _Read:
     """What was read of an image: keys and values of each block, and the last token, None before the first."""
 
     past: list[KeyValueCache]
+    memory: Tensor  # (2 L, B, heads, T, D), the keys and the values of a block after those of the one before
     last: Tensor | None = None  # (B,)
 
     @property
     def length(self) -> int:
         return self.past[0].length
+
+    def grow(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Room for one token in `memory`, and what is in it with that."""
+        place = self.length
+        for each in self.past:
+            each.length = place + 1
+        return self.memory.narrow(3, place, 1).unbind(), self.memory.narrow(3, 0, place + 1).unbind()
+
+
+def block_step(block: TransformerBlock, cache: Cache) -> Callable[..., Tensor]:
+    """A block that normalizes first on the next token alone: (B, C) -> (B, C), which it overwrites.
+
+    With it come the places (B, heads, 1, D) of its key and value, and all keys and values (B, heads, T, D) so far.
+    """
+    attention, first, second = block.self_attn, block.norm1, block.norm2
+    assert attention.in_proj_bias is not None
+    layers = (attention.in_proj_weight, attention.out_proj.weight, block.linear1.weight, block.linear2.weight)
+    inward, outward, wide, narrow = cache.state(block, lambda: [weight.T.contiguous() for weight in layers])
+    in_bias, out_bias = attention.in_proj_bias, attention.out_proj.bias
+    wide_bias, narrow_bias = block.linear1.bias, block.linear2.bias
+    norms = [((norm.weight.shape[0],), norm.weight, norm.bias, norm.eps) for norm in (first, second)]
+    heads, activation = attention.heads, block.activation
+
+    def step(y: Tensor, own_key: Tensor, own_value: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        together = torch.addmm(in_bias, torch.layer_norm(y, *norms[0]), inward)
+        query, key, value = together.view(len(y), 3, heads, 1, -1).unbind(1)
+        own_key.copy_(key)
+        own_value.copy_(value)
+        seen = F.scaled_dot_product_attention(query, keys, values)
+        y.add_(out_bias).addmm_(seen.view(y.shape), outward)
+        network = activation(torch.addmm(wide_bias, torch.layer_norm(y, *norms[1]), wide))
+        return y.add_(narrow_bias).addmm_(network, narrow)
+
+    return step
 
 
 class ImageGPT(Autoregressive):
@@ -68,20 +104,56 @@ class ImageGPT(Autoregressive):
         if cache is None:
             inputs = torch.cat([self._start(cond, len(x)), self.tokens(tokens[:, :-1])], 1)
             return self._outputs(self._read(inputs, 0, None), x)
-        state = cache.state(self, lambda: _Read([KeyValueCache(self.length) for _ in self.blocks]))
+        state = self._state(len(x), cache)
         if cache.column is None:
             inputs = torch.cat([self._before(state, cond, len(x)), self.tokens(tokens[:, :-1])], 1)
             state.last = tokens[:, -1]
             return self._outputs(self._read(inputs, state.length, state.past), x)
-        channel = state.length - (cache.row * cache.width + cache.column) * self.depth
-        inputs = self.tokens(tokens[:, channel - 1 : channel]) if channel else self._before(state, cond, len(x))
-        logits = self._read(inputs, state.length, state.past)[:, 0]  # of one channel; the others' are not asked for
-        outputs = logits.new_zeros(len(x), self.depth, self.levels)
-        outputs[:, channel] = logits
-        return outputs.flatten(1)[:, :, None, None]
+        raise ValueError("a pixel of this model is made by `begin_row`")
 
-    def observe(self, x: Float[Tensor, "B C 1 1"], cache: Cache) -> None:
-        cache.states[self].last = self._tokens(x)[:, -1]
+    def begin_row(self, batch: int, rows: Sequence[Any], cond: Int[Tensor, " B"] | None, cache: Cache) -> Pixels:
+        state = self._state(batch, cache)
+        blocks = [block_step(block, cache) for block in self.blocks]
+        positions, norm, width = self.positions.unbind(), self.norm, (self.positions.shape[1],)
+        start, last = self._start(cond, batch)[:, 0], self.tokens.weight
+
+        def step(x: Tensor, column: int) -> Tensor:
+            place = state.length
+            channel = place - (cache.row * cache.width + column) * self.depth
+            if channel:
+                inputs = last[self._tokens(x[:, :, None, None])[:, channel - 1]]
+            else:
+                inputs = start if state.last is None else last[state.last]
+            y = inputs + positions[place]
+            own, seen = state.grow()
+            for number, block in enumerate(blocks):
+                both = slice(2 * number, 2 * number + 2)
+                y = block(y, *own[both], *seen[both])
+            y = torch.layer_norm(y, width, norm.weight, norm.bias, norm.eps)
+            logits = F.linear(y, self.logits.weight, self.logits.bias)
+            if self.depth == 1:
+                return logits
+            outputs = logits.new_zeros(batch, self.depth, self.levels)  # of one channel; the others' are not asked for
+            outputs[:, channel] = logits
+            return outputs.flatten(1)
+
+        half, offset = (self.levels - 1) / 2, self.levels * (self.depth - 1)
+
+        def observe(x: Tensor, column: int) -> None:
+            state.last = (x[:, -1] * half + (half + offset)).round().long()
+
+        return Pixels(step, observe)
+
+    def _state(self, batch: int, cache: Cache) -> _Read:
+        def nothing_read() -> _Read:
+            heads, width = self.blocks[0].self_attn.heads, self.positions.shape[1]
+            memory = self.positions.new_zeros(2 * len(self.blocks), batch, heads, self.length, width // heads)
+            past = [KeyValueCache(self.length) for _ in self.blocks]
+            for each, keys, values in zip(past, memory[::2], memory[1::2]):
+                each.keys, each.values = keys, values
+            return _Read(past, memory)
+
+        return cache.state(self, nothing_read)
 
     def expected_initial_loss(self, batch: Mapping[str, Any]) -> float:
         """The bits of a level if all are equally probable, which they are as the last layer starts at 0."""

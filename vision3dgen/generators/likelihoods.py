@@ -77,6 +77,8 @@ class Categorical(Likelihood):
         self, outputs: Float[Tensor, "B P"], values: Int[Tensor, "B C"], uniforms: Float[Tensor, "B U"], step: int,
         temperature: float = 1.0,
     ) -> Int[Tensor, "B C"]:  # fmt: skip
+        if self.channels == 1:
+            return inverse_cdf(outputs if temperature == 1 else outputs / temperature, uniforms[:, 0])[:, None]
         logits = outputs[:, step * self.levels : (step + 1) * self.levels]
         values = values.clone()
         values[:, step] = inverse_cdf(logits / temperature, uniforms[:, step])
@@ -157,5 +159,5 @@ class LogisticMixture(Likelihood):
 
 def inverse_cdf(logits: Float[Tensor, "B K"], uniforms: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
     """The category that a uniform number in [0, 1) falls on."""
-    cumulated = logits.softmax(1).cumsum(1)
-    return (cumulated <= uniforms[:, None] * cumulated[:, -1:]).sum(1).clamp(max=logits.shape[1] - 1)
+    below, total = logits.softmax(1).cumsum(1).split([logits.shape[1] - 1, 1], 1)
+    return (below <= uniforms[:, None] * total).sum(1)

@@ -6,7 +6,7 @@ and on the next pixel (with a `Cache` that has a column), where x is (B, C, 1, 1
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -89,16 +89,37 @@ def center_mask(kind: str, inputs: int, outputs: int, groups: int = 1, gates: in
     return seen.float().repeat(gates, 1)
 
 
+class Pixels(NamedTuple):
+    """How the pixels of a row are made, from the left: `step` may be asked again for the same pixel."""
+
+    step: Callable[
+        [Tensor, int], Tensor
+    ]  # what is known of a pixel (B, C), its column -> the likelihood's outputs (B, P)
+    observe: Callable[[Tensor, int], None]  # its values (B, C) once they are decided, its column
+
+
 @dataclass
-class _Seen:
-    """The last rows of a layer's input, and as much as there is of the next one, laid out for one product a pixel."""
+class Taps:
+    """The last rows of a layer's input, and as much as there is of the next one, laid out for one product a pixel.
+
+    `slots`, `windows` and `sums` are views, one for each place of the row, so that a pixel costs no indexing.
+    """
 
     history: Tensor  # (B, I, above, W)
     current: Tensor  # (B, (left + W) * I), place after place, zeros before the first column
-    above: Tensor  # (W / stride, B, O), what `history` contributes to the row at hand
+    above: Tensor  # (W / stride, B, O), what `history` contributes to the row at hand, and the bias
     upper: Tensor  # weights of the rows above
     lower: Tensor  # ((left + 1) * I, O), weights of its own row
+    bias: Tensor  # (O,)
+    output: Tensor  # (B, O), for a layer whose outputs are used up before the next pixel
+    slots: Sequence[Tensor]  # (B, I) of `current`: where the input of a place goes
+    windows: Sequence[Tensor]  # (B, (left + 1) * I) of `current`: what the kernel sees at a place
+    sums: Sequence[Tensor]  # (B, O) of `above`
     row: int | None = None  # the row at hand, None if `history` ends just above it
+
+    def product(self, column: int, out: Tensor | None = None) -> Float[Tensor, "B O"]:
+        """The layer's output at a place of a row, where strides are 1."""
+        return torch.addmm(self.sums[column], self.windows[column], self.lower, out=out)
 
 
 class CausalConv2d(nn.Module):
@@ -138,9 +159,9 @@ class CausalConv2d(nn.Module):
         """(B, outputs, H / stride, W / stride), or None where a cache is between strides."""
         if cache is None:
             return self._convolve(F.pad(x, (0, 0, self.reach.above, 0)))
-        state = cache.state(self, lambda: self._start(x, cache.width))
+        state = cache.state(self, lambda: self._start(len(x), cache.width))
         if cache.column is not None:
-            return self._pixel(x, state, cache.row, cache.column)
+            return self._pixel(x, state, cache)
         self._finish(state)
         rows = torch.cat([state.history, x], 2)
         if self.reach.above:
@@ -151,52 +172,78 @@ class CausalConv2d(nn.Module):
             return None
         return self._convolve(rows)
 
+    def begin(self, batch: int, cache: Cache, added: Float[Tensor, "B O W"] | None = None) -> Taps:
+        """What the pixels of the row at hand need, `batch` of them at once.
+
+        `added` is added to the outputs of the row; (B, O, 1) is the same for all places.
+        """
+        state = cache.state(self, lambda: self._start(batch, cache.width))
+        if state.row == cache.row:
+            return state
+        self._finish(state)
+        state.row = cache.row
+        if self.reach.above and cache.row % self.stride == 0:
+            rows = F.pad(state.history, (self.reach.left, self.reach.right))
+            above = F.conv2d(rows, state.upper, self.bias, self.stride)[:, :, 0]
+            state.above.copy_((above if added is None else above + added).permute(2, 0, 1))
+        elif added is not None:
+            state.above.copy_(added.permute(2, 0, 1))
+            state.above.add_(self.bias)
+        return state
+
     def write(self, x: Float[Tensor, "B I 1 1"], cache: Cache) -> None:
         """Replace the input of the pixel at hand, which was not known when the layer was called."""
         assert cache.column is not None
-        self._put(x, cache.states[self], cache.column)
+        cache.states[self].slots[cache.column].copy_(x.flatten(1))
 
     def _convolve(self, rows: Tensor) -> Tensor:
         rows = F.pad(rows, (self.reach.left, self.reach.right)) if self.reach.left or self.reach.right else rows
         return F.conv2d(rows, self.masked_weight(), self.bias, self.stride)
 
-    def _start(self, x: Tensor, width: int) -> _Seen:
-        weight, reach = self.masked_weight(), self.reach
-        batch, inputs, size = len(x), x.shape[1], -(-width // self.stride)
-        return _Seen(
-            history=x.new_zeros(batch, inputs, reach.above, width),
-            current=x.new_zeros(batch, (reach.left + width) * inputs),
-            above=self.bias.expand(size, batch, -1).clone(),
-            upper=weight[:, :, : reach.above].contiguous(),
-            lower=weight[:, :, -1, : reach.left + 1].permute(2, 1, 0).flatten(0, 1).contiguous(),
+    def _start(self, batch: int, width: int) -> Taps:
+        weight, (above, left, _) = self.masked_weight(), self.reach
+        outputs, inputs = weight.shape[:2]
+        places = 0 if self._is_point else width  # the kernel of a point needs no memory
+        current = weight.new_zeros(batch, (left + places) * inputs)
+        sums = self.bias.expand(-(-places // self.stride), batch, -1).clone()
+        return Taps(
+            history=weight.new_zeros(batch, inputs, above, width),
+            current=current,
+            above=sums,
+            upper=weight[:, :, :above].contiguous(),
+            lower=weight[:, :, -1, : left + 1].permute(2, 1, 0).flatten(0, 1).contiguous(),
+            bias=self.bias,
+            output=weight.new_zeros(batch, outputs),
+            slots=[current.narrow(1, (left + column) * inputs, inputs) for column in range(places)],
+            windows=[current.narrow(1, column * inputs, (left + 1) * inputs) for column in range(places)],
+            sums=[sums[place] for place in range(len(sums))],
         )
 
-    def _put(self, x: Tensor, state: _Seen, column: int) -> None:
-        inputs = x.shape[1]
-        state.current.narrow(1, (self.reach.left + column) * inputs, inputs).copy_(x.flatten(1))
+    @property
+    def _is_point(self) -> bool:
+        return self.reach == POINT and self.stride == 1
 
-    def _finish(self, state: _Seen) -> None:
+    def _finish(self, state: Taps) -> None:
         """Count the row at hand among those above."""
         if state.row is not None and self.reach.above:
             row = state.current.unflatten(1, (-1, state.history.shape[1]))[:, self.reach.left :]  # (B, W, I)
             state.history.copy_(torch.cat([state.history[:, :, 1:], row.transpose(1, 2)[:, :, None]], 2))
         state.row = None
 
-    def _pixel(self, x: Tensor, state: _Seen, row: int, column: int) -> Tensor | None:
-        batch, inputs = x.shape[:2]
-        if self.reach == POINT and self.stride == 1:
-            return torch.addmm(self.bias, x.flatten(1), state.lower).view(batch, -1, 1, 1)
-        if state.row != row:
-            self._finish(state)
-            state.row = row
-            if self.reach.above and row % self.stride == 0:
-                rows = F.pad(state.history, (self.reach.left, self.reach.right))
-                state.above.copy_(F.conv2d(rows, state.upper, self.bias, self.stride)[:, :, 0].permute(2, 0, 1))
-        self._put(x, state, column)
-        if row % self.stride or column % self.stride:
+    def _pixel(self, x: Tensor, state: Taps, cache: Cache) -> Tensor | None:
+        batch, column = len(x), cache.column
+        assert column is not None
+        if self._is_point:
+            return torch.addmm(state.bias, x.flatten(1), state.lower).view(batch, -1, 1, 1)
+        if state.row != cache.row:
+            self.begin(batch, cache)
+        state.slots[column].copy_(x.view(batch, -1))
+        if cache.row % self.stride or column % self.stride:
             return None
-        window = state.current.narrow(1, column * inputs, (self.reach.left + 1) * inputs)
-        return torch.addmm(state.above[column // self.stride], window, state.lower).view(batch, -1, 1, 1)
+        if self.stride == 1:
+            return state.product(column).view(batch, -1, 1, 1)
+        sums = state.sums[column // self.stride]
+        return torch.addmm(sums, state.windows[column], state.lower).view(batch, -1, 1, 1)
 
     def extra_repr(self) -> str:
         outputs, inputs = self.weight.shape[:2]

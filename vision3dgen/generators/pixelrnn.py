@@ -1,7 +1,7 @@
 """PixelRNN: Row LSTM and Diagonal BiLSTM, recurrent over the rows or the diagonals of an image."""
 
 from abc import ABC
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from vision3dgen.generators.autoregressive import Autoregressive, ClassBias
 from vision3dgen.generators.likelihoods import Categorical
-from vision3dgen.generators.masked import POINT, Cache, CausalConv2d, Reach, here, square
+from vision3dgen.generators.masked import POINT, Cache, CausalConv2d, Pixels, Reach, square
 from vision3dgen.generators.pixelcnn import Head
 
 
@@ -26,21 +26,38 @@ def lstm_cell(gates: Tensor, cell: Tensor, dim: int = 1) -> tuple[Tensor, Tensor
     return o.sigmoid() * cell.tanh(), cell
 
 
+def lstm_step(gates: Float[Tensor, "B G"]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """`lstm_cell` of gates that are at one place of memory, which it overwrites: (cell, new cell, new hidden state).
+
+    The new states are written to where the last two are; the hidden one is returned.
+    """
+    hidden = gates.shape[1] // 4
+    sigmoids, candidate = gates.split([3 * hidden, hidden], 1)
+    i, f, o = sigmoids.chunk(3, 1)
+    bounded = torch.empty_like(candidate)
+
+    def step(cell: Tensor, new_cell: Tensor, new_hidden: Tensor) -> Tensor:
+        sigmoids.sigmoid_()
+        torch.mul(f, cell, out=new_cell).addcmul_(i, candidate.tanh_())
+        return torch.mul(o, torch.tanh(new_cell, out=bounded), out=new_hidden)
+
+    return step
+
+
 @dataclass
 class _RowStates:
-    """Of a Row LSTM: the last whole row, what it sends to the row at hand, and as much as there is of that row."""
+    """Of a Row LSTM: the last whole row, and as much as there is of the row at hand."""
 
     hidden: Tensor  # (B, H, W)
     cell: Tensor
-    sent: Tensor  # (B, 4 H, W)
-    new_hidden: Tensor
+    new_hidden: Tensor  # (W, B, H)
     new_cell: Tensor
     row: int | None = None
 
     def finish(self) -> None:
         if self.row is not None:
-            self.hidden.copy_(self.new_hidden)
-            self.cell.copy_(self.new_cell)
+            self.hidden.copy_(self.new_hidden.permute(1, 2, 0))
+            self.cell.copy_(self.new_cell.permute(1, 2, 0))
         self.row = None
 
 
@@ -63,11 +80,7 @@ class RowLSTM(nn.Module):
 
     def forward(self, x: Float[Tensor, "B I N W"], cache: Cache | None = None) -> Float[Tensor, "B H N W"]:
         gates = self.input_to_state(x, cache)
-        state = None if cache is None else cache.state(self, lambda: self._start(gates, cache.width))
-        if state is not None and cache is not None and cache.column is not None:
-            return self._pixel(gates, state, cache.row, cache.column)
-        if state is None:
-            state = self._start(gates, x.shape[3])
+        state = self._start(len(x), x.shape[3]) if cache is None else self._state(len(x), cache)
         state.finish()
         hidden, cell, out = state.hidden, state.cell, []
         for row in range(x.shape[2]):
@@ -78,21 +91,33 @@ class RowLSTM(nn.Module):
             state.cell.copy_(cell)
         return torch.stack(out, 2)
 
-    def _start(self, gates: Tensor, width: int) -> _RowStates:
-        hidden, cell = (
-            start[:, None].expand(len(gates), -1, width).clone() for start in (self.hidden_start, self.cell_start)
-        )
-        sent = gates.new_zeros(len(gates), 4 * self.hidden, width)
-        return _RowStates(hidden, cell, sent, torch.zeros_like(hidden), torch.zeros_like(cell))
-
-    def _pixel(self, gates: Tensor, state: _RowStates, row: int, column: int) -> Tensor:
-        if state.row != row:
+    def pixels(self, batch: int, cache: Cache) -> Callable[[Tensor, int], Tensor]:
+        """`forward` of pixels (B, inputs) by their column; what the row above sends is computed here, for all."""
+        state = self._state(batch, cache)
+        if state.row != cache.row:
             state.finish()
-            state.row = row
-            state.sent.copy_(self.state_to_state(state.hidden))
-        hidden, cell = lstm_cell(gates[:, :, 0, 0] + state.sent[:, :, column], state.cell[:, :, column])
-        state.new_hidden[:, :, column], state.new_cell[:, :, column] = hidden, cell
-        return hidden[:, :, None, None]
+            state.row = cache.row
+        taps = self.input_to_state.begin(batch, cache, self.state_to_state(state.hidden))
+        cells, new_cells, hidden = state.cell.permute(2, 0, 1).contiguous(), state.new_cell, state.new_hidden
+        lstm, places = lstm_step(taps.output), list(zip(cells.unbind(), new_cells.unbind(), hidden.unbind()))
+
+        def step(x: Tensor, column: int) -> Tensor:
+            taps.slots[column].copy_(x)
+            taps.product(column, taps.output)
+            return lstm(*places[column])
+
+        return step
+
+    def _state(self, batch: int, cache: Cache) -> _RowStates:
+        return cache.state(self, lambda: self._start(batch, cache.width))
+
+    def _start(self, batch: int, width: int) -> _RowStates:
+        hidden, cell = (
+            start[:, None].expand(batch, -1, width).clone() for start in (self.hidden_start, self.cell_start)
+        )
+        return _RowStates(
+            hidden, cell, hidden.new_zeros(width, batch, self.hidden), cell.new_zeros(width, batch, self.hidden)
+        )
 
 
 @dataclass
@@ -100,7 +125,7 @@ class _Diagonal:
     """Of one direction of a Diagonal BiLSTM: the row above and as much as there is of the row at hand."""
 
     above: Tensor  # (B, H, W), hidden states of the row above
-    hidden: Tensor  # (B, H, 1 + W), of the row at hand after a start of zeros
+    hidden: Tensor  # (1 + W, B, H), of the row at hand after a start of zeros
     cell: Tensor
 
 
@@ -135,12 +160,22 @@ class DiagonalLSTM(nn.Module):
             out.append(hidden)
         return unskew(torch.stack(out, 3).transpose(1, 2), width)
 
-    def step(self, gates: Float[Tensor, "B G"], state: _Diagonal, column: int) -> Float[Tensor, "B H"]:
-        """The hidden state at one place of the row at hand."""
-        before = torch.cat([state.hidden[:, :, column], state.above[:, :, column]], 1)
-        hidden, cell = lstm_cell(gates + self.state_to_state(before), state.cell[:, :, column])
-        state.hidden[:, :, column + 1], state.cell[:, :, column + 1] = hidden, cell
-        return hidden
+    def row(
+        self, batch: int, state: _Diagonal, cache: Cache
+    ) -> Callable[[Float[Tensor, "B I"], int], Float[Tensor, "B H"]]:
+        """The hidden state at one place after another of the row at hand, from its input and column."""
+        inputs = self.input_to_state.begin(batch, cache)
+        before, upper = self.state_to_state.weight.T.split(self.hidden)  # (H, 4 H) each
+        before = before.contiguous()
+        sums = torch.addmm(inputs.bias, state.above.permute(2, 0, 1).flatten(0, 1), upper).unflatten(0, (-1, batch))
+        lstm = lstm_step(inputs.output)
+        hidden, cell, sums_of = state.hidden.unbind(), state.cell.unbind(), sums.unbind()
+
+        def step(x: Tensor, column: int) -> Tensor:
+            torch.addmm(sums_of[column], x, inputs.lower, out=inputs.output).addmm_(hidden[column], before)
+            return lstm(cell[column], cell[column + 1], hidden[column + 1])
+
+        return step
 
 
 def skew(x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H V"]:
@@ -163,9 +198,9 @@ def unskew(x: Float[Tensor, "B C H V"], width: int) -> Float[Tensor, "B C H W"]:
 @dataclass
 class _BothStates:
     forward: _Diagonal
-    backward_above: Tensor  # (B, H, W), hidden states of the right-to-left direction at the last whole row
+    backward: _Diagonal  # of the right-to-left direction, at the last whole row, its columns from the right
     shifted: Tensor  # (B, H, W), what that direction adds to the row at hand: its states at the row above
-    inputs: Tensor  # (B, I, W), of the row at hand
+    inputs: Tensor  # (W, B, I), of the row at hand
     row: int | None = None
 
 
@@ -184,45 +219,53 @@ class DiagonalBiLSTM(nn.Module):
 
     def forward(self, x: Float[Tensor, "B I N W"], cache: Cache | None = None) -> Float[Tensor, "B H N W"]:
         forward, backward = self.left_to_right, self.right_to_left
-        if cache is not None and cache.column is not None:
-            return self._pixel(x, cache.state(self, lambda: self._start(x, cache.width)), cache)
-        state = self._start(x, x.shape[3]) if cache is None else cache.state(self, lambda: self._start(x, cache.width))
-        if state.row is not None:
-            self._finish(state)
+        state = self._start(len(x), x.shape[3]) if cache is None else self._state(len(x), cache)
+        if cache is not None and state.row is not None:
+            self._finish(state, cache)
         first = forward.scan(forward.input_to_state(x), state.forward.above)
-        second = backward.scan(backward.input_to_state(x.flip(3)), state.backward_above.flip(2)).flip(3)
-        shifted = torch.cat([state.shifted[:, :, None], second[:, :, :-1]], 2)
+        second = backward.scan(backward.input_to_state(x.flip(3)), state.backward.above)
+        shifted = torch.cat([state.shifted[:, :, None], second.flip(3)[:, :, :-1]], 2)
         if cache is not None:
             state.forward.above.copy_(first[:, :, -1])
-            state.backward_above.copy_(second[:, :, -1])
-            state.shifted.copy_(second[:, :, -1])
+            state.backward.above.copy_(second[:, :, -1])
+            state.shifted.copy_(second[:, :, -1].flip(2))
         return first + shifted
 
-    def _start(self, x: Tensor, width: int) -> _BothStates:
-        hidden = self.left_to_right.hidden
-        zeros = [x.new_zeros(len(x), hidden, width + extra) for extra in (0, 1, 1, 0, 0)]
-        inputs = x.new_zeros(len(x), x.shape[1], width)
-        return _BothStates(_Diagonal(*zeros[:3]), zeros[3], zeros[4], inputs)
-
-    def _finish(self, state: _BothStates) -> None:
-        """The row at hand is complete: run over it from the right."""
-        state.forward.above.copy_(state.forward.hidden[:, :, 1:])
-        gates = self.right_to_left.input_to_state(state.inputs[:, :, None].flip(3))
-        second = self.right_to_left.scan(gates, state.backward_above.flip(2)).flip(3)[:, :, 0]
-        state.backward_above.copy_(second)
-        state.shifted.copy_(second)
-        state.row = None
-
-    def _pixel(self, x: Tensor, state: _BothStates, cache: Cache) -> Tensor:
-        assert cache.column is not None
+    def pixels(self, batch: int, cache: Cache) -> Callable[[Tensor, int], Tensor]:
+        """`forward` of pixels (B, inputs) by their column; the other direction is run over the last row here."""
+        state = self._state(batch, cache)
         if state.row != cache.row:
             if state.row is not None:
-                self._finish(state)
+                self._finish(state, cache)
             state.row = cache.row
-        state.inputs[:, :, cache.column] = x[:, :, 0, 0]
-        gates = self.left_to_right.input_to_state(x, cache)[:, :, 0, 0]
-        hidden = self.left_to_right.step(gates, state.forward, cache.column)
-        return hidden[:, :, None, None] + here(state.shifted[:, :, None], cache)
+        left_to_right = self.left_to_right.row(batch, state.forward, cache)
+        inputs, shifted = state.inputs.unbind(), state.shifted.permute(2, 0, 1).contiguous().unbind()
+
+        def step(x: Tensor, column: int) -> Tensor:
+            inputs[column].copy_(x)
+            return left_to_right(x, column) + shifted[column]
+
+        return step
+
+    def _state(self, batch: int, cache: Cache) -> _BothStates:
+        return cache.state(self, lambda: self._start(batch, cache.width))
+
+    def _start(self, batch: int, width: int) -> _BothStates:
+        like, hidden = self.left_to_right.state_to_state.weight, self.left_to_right.hidden
+        rows = [like.new_zeros(batch, hidden, width) for _ in range(3)]
+        states = [like.new_zeros(1 + width, batch, hidden) for _ in range(4)]
+        inputs = like.new_zeros(width, batch, self.left_to_right.input_to_state.weight.shape[1])
+        return _BothStates(_Diagonal(rows[0], *states[:2]), _Diagonal(rows[1], *states[2:]), rows[2], inputs)
+
+    def _finish(self, state: _BothStates, cache: Cache) -> None:
+        """The row at hand is complete: run over it from the right."""
+        state.forward.above.copy_(state.forward.hidden[1:].permute(1, 2, 0))
+        step = self.right_to_left.row(state.inputs.shape[1], state.backward, cache)
+        for column, x in enumerate(reversed(state.inputs.unbind())):
+            step(x, column)
+        state.backward.above.copy_(state.backward.hidden[1:].permute(1, 2, 0))
+        state.shifted.copy_(state.backward.above.flip(2))
+        state.row = None
 
 
 class PixelRNN(Autoregressive, ABC):
@@ -253,6 +296,22 @@ class PixelRNN(Autoregressive, ABC):
         for layer, expand in zip(self.layers, self.expand):
             y = y + expand(layer(y, cache), cache)
         return self.head(y, cache)
+
+    def begin_row(self, batch: int, rows: Sequence[Any], cond: Int[Tensor, " B"] | None, cache: Cache) -> Pixels:
+        first = self.first.begin(batch, cache, self.condition.row(cond))
+        layers = [
+            (layer.pixels(batch, cache), expand.begin(batch, cache)) for layer, expand in zip(self.layers, self.expand)
+        ]
+        head = self.head.pixels(batch, cache)
+
+        def step(x: Tensor, column: int) -> Tensor:
+            first.slots[column].copy_(x)
+            y = first.product(column)
+            for layer, expand in layers:
+                y.addmm_(layer(y, column), expand.lower).add_(expand.bias)
+            return head(y)
+
+        return Pixels(step, lambda x, column: first.slots[column].copy_(x))
 
 
 class RowLSTMPixelRNN(PixelRNN):

@@ -9,9 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vision3dgen.generators.autoregressive import Autoregressive
 from vision3dgen.generators.masked import POINT, Cache, CausalConv2d, Reach, here
-from vision3dgen.generators.pixelcnnpp import PIXELS, GatedResNet, normalized, pixel_likelihood
+from vision3dgen.generators.pixelcnnpp import PIXELS, GatedResNet, WeightNormalized, normalized, pixel_likelihood
 from vision3dgen.layers import KeyValueCache
 from vision3dgen.layers.attention import attention
 
@@ -101,13 +100,13 @@ class SnailBlock(nn.Module):
         return self.mix(x, self.attention(x, image, cache, size), None, cache)
 
 
-class PixelSNAIL(Autoregressive):
+class PixelSNAIL(WeightNormalized):
     """`blocks` of gated residual convolutions, `repeats` in each, and attention to all pixels before.
 
     mixtures: logistic components of a pixel; None gives images of one channel a softmax over their levels.
     Source: Chen et al. 2018 (arXiv:1712.09763). Its CIFAR-10 network: channels=256, blocks=12, repeats=4,
     key_channels=16, value_channels=128, dropout=0.5, mixtures=10. Differs: queries are of the features alone, the
-    place of a pixel is in its key; weight normalization starts from torch's initialization.
+    place of a pixel is in its key.
     """
 
     period = None  # what there is to attend to grows

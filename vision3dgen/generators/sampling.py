@@ -114,6 +114,10 @@ class _Sampling:
         self.model, self.cond, self.temperature = model, cond, temperature
         self.values, self.known, self.uniforms = values, known, uniforms
         self.height, self.width = values.shape[2:]
+        self.completes = bool(known.any())
+        levels = model.likelihood.levels
+        every = torch.arange(levels, device=values.device).view(1, 1, 1, -1)
+        self.seen = (2 * to_images(every, levels) - 1).flatten()  # what the network sees of each value
 
     def run(self, method: str) -> Int[Tensor, "B C H W"]:
         if bool(self.known.all()):
@@ -151,16 +155,17 @@ class _Sampling:
 
     def _fill_row(self, cache: Cache, above: Tensor, values: Tensor, known: Tensor, uniforms: Tensor) -> None:
         """Decide the pixels of a row, changing `values` (B, C, W) in place; `above` is the row above in [-1, 1]."""
-        model = self.model
+        model, likelihood = self.model, self.model.likelihood
         rows = model.vertical(above, self.cond, cache)
-        given = self._centered(values[:, :, None])
-        for column in range(self.width):
-            place, x = cache.at(cache.row, column), given[..., column : column + 1]
-            for step in range(model.likelihood.steps):
-                outputs = model.horizontal(x, rows, self.cond, place)
-                self._decide(outputs[:, :, 0, 0], values, known, uniforms, column, step)
-                x = self._centered(values[:, :, None, column : column + 1])
-            model.observe(x, place)
+        pixels = model.begin_row(len(values), rows, self.cond, cache)
+        given, own, random = self._centered(values).unbind(2), values.unbind(2), uniforms.unbind(2)
+        keep = known.unbind(2)
+        for column, (x, pixel) in enumerate(zip(given, own)):
+            for step in range(likelihood.steps):
+                drawn = likelihood.sample(pixels.step(x, column), pixel, random[column], step, self.temperature)
+                pixel.copy_(torch.where(keep[column], pixel, drawn) if self.completes else drawn)
+                x = self._centered(pixel)
+            pixels.observe(x, column)
 
     def _decide(self, outputs: Tensor, values: Tensor, known: Tensor, uniforms: Tensor, column: int, step: int) -> None:
         now = values[:, :, column]
@@ -172,7 +177,7 @@ class _Sampling:
         return self.values[:, :, row], self.known[:, :, row], self.uniforms[:, :, row]
 
     def _centered(self, values: Tensor) -> Tensor:
-        return 2 * to_images(values, self.model.likelihood.levels) - 1
+        return self.seen[values]
 
     def _graph(self) -> None:
         """As `_cached`; rows that do the same share one captured graph, which works on buffers of a row.

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from vision3dgen.generators.noise import normal
 from vision3dgen.generators.vae import Posterior, gaussian_kl
 from vision3dgen.losses import chamfer_distance
+from vision3dgen.structures import GridSpec
 
 
 class PointPooling(nn.Module):
@@ -131,6 +132,11 @@ class OccupancyVAE(nn.Module):
             x = x + code(z)[:, None]
             x = x + block(x)
         return self.last(x.relu())[..., 0]
+
+    @property
+    def grid(self) -> GridSpec:
+        """Where `decode` evaluates."""
+        return GridSpec.cube(self.resolution, -self.size / 2, self.size / 2, "corner")
 
     @torch.no_grad()
     def decode(self, z: Float[Tensor, "B Z"]) -> Float[Tensor, "B D H W"]:

@@ -15,7 +15,8 @@ class SkipDecoder(nn.Module):
     """Maps (B, C_i, H_i, W_i), fine to coarse, to (B, width, H, W): up from the coarsest, each finer one joined.
 
     channels, strides: the backbone's; each stride a multiple of the one before. A level has half the channels of its
-    map, but at least `width`. upsampling: a name of `layers.UPSAMPLINGS`, but not one that needs pooling indices.
+    map, but at least `width`. name: of `layers.UPSAMPLINGS`. "max_unpooling" puts each value where the map it joins is
+    largest in its cell (Badrinarayanan et al. 2017, SegNet, arXiv:1511.00561), so it needs strides 1, 2, 4 ...
     Source: U-Net (Ronneberger et al. 2015, arXiv:1505.04597). Differs: batch normalization, padded convolutions, and
     one convolution after each join.
     """
@@ -32,18 +33,45 @@ class SkipDecoder(nn.Module):
         self.joins = nn.ModuleList()
         inputs = channels[-1]
         for own, skipped, step in zip(outputs[::-1], channels[-2::-1], steps[:0:-1]):
-            self.rises.append(_Rise(inputs, own, step, name))
+            self.rises.append(_rise(inputs, own, step, name, skipped))
             self.joins.append(_convolution(own + skipped, own, 3))
             inputs = own
-        self.rises.append(_Rise(inputs, width, steps[0], name))
+        self.rises.append(_rise(inputs, width, steps[0], name, 0))
         self.joins.append(_convolution(width, width, 3))
 
     def forward(self, features: list[Tensor], size: tuple[int, int]) -> Float[Tensor, "B C H W"]:
         x = features[-1]
         for rise, join, skipped in zip(self.rises, self.joins, [*features[-2::-1], None]):
-            x = rise(x, size if skipped is None else tuple(skipped.shape[-2:]))
+            x = rise(x, size if skipped is None else tuple(skipped.shape[-2:]), skipped)
             x = join(x if skipped is None else torch.cat([x, skipped], dim=1))
         return x
+
+
+def _rise(inputs: int, outputs: int, factor: int, name: str, skipped: int) -> nn.Module:
+    if name != "max_unpooling" or factor == 1:
+        return _Rise(inputs, outputs, factor, name)
+    if factor != 2 or not skipped:
+        raise ValueError(
+            "upsampling 'max_unpooling' needs a map at every scale from the picture's on, strides 1, 2, 4 ..., such as "
+            f"those of a backbone with a small stem; here one step is by {factor}"
+        )
+    return _Unpool(inputs, outputs, skipped)
+
+
+class _Unpool(nn.Module):
+    """Max unpooling by 2, at the places of the maxima of the finer map."""
+
+    def __init__(self, inputs: int, outputs: int, skipped: int):
+        super().__init__()
+        self.match = nn.Conv2d(inputs, skipped, 1)
+        self.block = upsampling("max_unpooling", skipped, outputs, 2)
+        self.after = nn.Sequential(nn.BatchNorm2d(outputs), nn.ReLU())
+
+    def forward(
+        self, x: Float[Tensor, "B C H W"], size: tuple[int, int], skipped: Float[Tensor, "B C2 H2 W2"]
+    ) -> Float[Tensor, "B C3 H2 W2"]:
+        indices = F.max_pool2d(skipped, 2, ceil_mode=True, return_indices=True)[1]
+        return self.after(self.block(self.match(x), size, indices))
 
 
 class _Rise(nn.Module):
@@ -55,14 +83,14 @@ class _Rise(nn.Module):
         blocks: list[nn.Module] = []
         for prime in self.factors:
             block = upsampling(name, inputs, outputs, prime)
-            if block.needs_indices:
-                raise ValueError(f"upsampling {name!r} needs the indices of a pooling, which no backbone gives")
             blocks.append(nn.ModuleList([block, nn.Sequential(nn.BatchNorm2d(outputs), nn.ReLU())]))
             inputs = outputs
         self.blocks = nn.ModuleList(blocks)
         self.level = None if self.factors else _convolution(inputs, outputs, 1)
 
-    def forward(self, x: Float[Tensor, "B C H W"], size: tuple[int, int]) -> Float[Tensor, "B C2 H2 W2"]:
+    def forward(
+        self, x: Float[Tensor, "B C H W"], size: tuple[int, int], skipped: Tensor | None = None
+    ) -> Float[Tensor, "B C2 H2 W2"]:
         if self.level is not None:
             return _resized(self.level(x), size)
         left = 1

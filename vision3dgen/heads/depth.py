@@ -28,6 +28,8 @@ from vision3dgen.structures import Camera, Meshes
 
 
 class DepthPrediction(NamedTuple):
+    """The depth head's own kind of prediction."""
+
     depth: Tensor  # (B, 1, H, W) of every pixel, between the head's bounds
     logits: Tensor | None  # (B, 1, H, W) of showing the object, for a head with a foreground
     cameras: Camera | None  # of the pictures

@@ -38,6 +38,30 @@ def picture_intrinsics(view: View | None, like: Tensor, focal: float = FOCAL) ->
     return scale @ pixels
 
 
+Depth = float | Float[Tensor, "B 1 1"]  # of all volumes, or of each
+
+
+def into_volume(
+    points: Float[Tensor, "B N 3"], intrinsics: Float[Tensor, "B 3 3"], near: Depth, far: Depth
+) -> Float[Tensor, "B N 3"]:
+    """Coordinates in the volumes between two depths of points of the camera frame, see `Frustum`."""
+    depth = points[..., 2:]
+    ahead = depth > 1e-6 * near
+    inverse = 1 / depth.where(ahead, 1)
+    z = 1 - 2 * (inverse - 1 / far) / (1 / near - 1 / far)
+    homogeneous = points @ intrinsics.to(points.dtype).mT
+    return torch.cat([homogeneous[..., :2] * inverse, z.where(ahead, -2)], dim=-1)
+
+
+def out_of_volume(
+    coordinates: Float[Tensor, "B N 3"], intrinsics: Float[Tensor, "B 3 3"], near: Depth, far: Depth
+) -> Float[Tensor, "B N 3"]:
+    """Points of the camera frame at coordinates of the volumes; inverse of `into_volume`."""
+    inverse = (1 - coordinates[..., 2:]) / 2 * (1 / near - 1 / far) + 1 / far
+    picture = torch.cat([coordinates[..., :2], torch.ones_like(inverse)], dim=-1)
+    return torch.linalg.solve(intrinsics.to(picture.dtype), picture.mT).mT / inverse
+
+
 @dataclass(frozen=True)
 class Frustum:
     """The part of a camera's view between two depths, cut into `resolution` voxels along each axis.
@@ -67,20 +91,13 @@ class Frustum:
 
     def from_camera(self, points: Float[Tensor, "B N 3"], intrinsics: Float[Tensor, "B 3 3"]) -> Float[Tensor, "B N 3"]:
         """Coordinates in the volume of points of the camera frame; z is -2 for points not in front of the camera."""
-        depth = points[..., 2:]
-        ahead = depth > 1e-6 * self.near
-        inverse = 1 / depth.where(ahead, 1)
-        z = 1 - 2 * (inverse - 1 / self.far) / (1 / self.near - 1 / self.far)
-        homogeneous = points @ intrinsics.to(points.dtype).mT
-        return torch.cat([homogeneous[..., :2] * inverse, z.where(ahead, -2)], dim=-1)
+        return into_volume(points, intrinsics, self.near, self.far)
 
     def to_camera(
         self, coordinates: Float[Tensor, "B N 3"], intrinsics: Float[Tensor, "B 3 3"]
     ) -> Float[Tensor, "B N 3"]:
         """Points of the camera frame at coordinates of the volume; inverse of `from_camera`."""
-        inverse = (1 - coordinates[..., 2:]) / 2 * (1 / self.near - 1 / self.far) + 1 / self.far
-        picture = torch.cat([coordinates[..., :2], torch.ones_like(inverse)], dim=-1)
-        return torch.linalg.solve(intrinsics.to(picture.dtype), picture.mT).mT / inverse
+        return out_of_volume(coordinates, intrinsics, self.near, self.far)
 
     @torch.no_grad()
     def truth(self, batch: Mapping[str, Any], intrinsics: Float[Tensor, "B 3 3"]) -> Bool[Tensor, "B D H W"]:

@@ -95,13 +95,8 @@ class VoxMeshHead(RefinedMeshHead):
 
     @torch.no_grad()
     def _cubify(self, logits: Float[Tensor, "B D H W"], intrinsics: Float[Tensor, "B 3 3"]) -> Any:
-        probability = logits.sigmoid()
-        if self.fill_empty:
-            middle = slice(self.frustum.resolution // 4, 3 * self.frustum.resolution // 4)
-            probability[(probability <= self.threshold).flatten(1).all(1), middle, middle, middle] = 1
-        cubes = cubify(probability, self.threshold, align=self.align)
-        verts = cubes.verts_padded()
-        return cubes.update_padded(self.frustum.to_camera(verts, intrinsics))
+        cubes = cubes_of(logits, self.threshold, self.fill_empty, self.align)
+        return cubes.update_padded(self.frustum.to_camera(cubes.verts_padded(), intrinsics))
 
     def loss(
         self, prediction: RefinedMeshes, batch: Mapping[str, Any], generator: torch.Generator | None = None
@@ -118,6 +113,18 @@ class VoxMeshHead(RefinedMeshHead):
         assert prediction.voxels is not None
         places = self.frustum.from_camera(points, prediction.intrinsics)
         return read_voxels(prediction.voxels.sigmoid(), self.frustum.grid, places)
+
+
+@torch.no_grad()
+def cubes_of(
+    logits: Float[Tensor, "B D H W"], threshold: float, fill_empty: bool, align: Literal["topleft", "center"]
+) -> Meshes:
+    """The surface of the voxels whose probability passes a threshold, in [-1, 1]^3; see `VoxMeshHead` for the rest."""
+    probability = logits.sigmoid()
+    if fill_empty:
+        middle = slice(logits.shape[-1] // 4, 3 * logits.shape[-1] // 4)
+        probability[(probability <= threshold).flatten(1).all(1), middle, middle, middle] = 1
+    return cubify(probability, threshold, align=align)
 
 
 class SphereInitHead(RefinedMeshHead):

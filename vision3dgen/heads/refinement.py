@@ -63,10 +63,11 @@ class RefinementStage(nn.Module):
         self,
         maps: Sequence[Tensor],
         meshes: Any,
-        intrinsics: Float[Tensor, "B 3 3"],
+        intrinsics: Float[Tensor, "B 3 3"] | None,
         features: Float[Tensor, "V C"] | None,
     ) -> tuple[Any, Float[Tensor, "V H"]]:
-        seen = project(meshes.verts_padded(), intrinsics)  # (B, V, 3)
+        verts = meshes.verts_padded()
+        seen = verts if intrinsics is None else project(verts, intrinsics)  # (B, V, 3)
         rows = meshes.verts_padded_to_packed_idx()
         up = seen.new_tensor([1.0, -1.0, 1.0])
         positions = (seen * up).flatten(0, 1)[rows]  # (V, 3), packed from here on
@@ -94,7 +95,8 @@ class RefinementStage(nn.Module):
 class MeshRefinement(nn.Module):
     """Several `RefinementStage`s one after another, without shared weights; the mesh after each.
 
-    subdivide: every face is split in four between stages.
+    subdivide: every face is split in four between stages. Without intrinsics the vertices are where the maps show them
+    already: x right and y down in [-1, 1], and any depth.
     """
 
     def __init__(
@@ -110,7 +112,9 @@ class MeshRefinement(nn.Module):
             for index in range(stages)
         )
 
-    def forward(self, maps: Sequence[Tensor], meshes: Any, intrinsics: Float[Tensor, "B 3 3"]) -> list[Any]:
+    def forward(
+        self, maps: Sequence[Tensor], meshes: Any, intrinsics: Float[Tensor, "B 3 3"] | None = None
+    ) -> list[Any]:
         """Raises ValueError naming the stage whose vertices are not finite."""
         refined: list[Any] = []
         features = None

@@ -8,6 +8,8 @@ from vision3dgen.io.arrays import load_npy as load_npy
 from vision3dgen.io.arrays import load_npz as load_npz
 from vision3dgen.io.arrays import save_npy as save_npy
 from vision3dgen.io.arrays import save_npz as save_npz
+from vision3dgen.io.coco import rle_from_coco as rle_from_coco
+from vision3dgen.io.coco import rle_to_coco as rle_to_coco
 from vision3dgen.io.convert import from_numpy as from_numpy
 from vision3dgen.io.convert import from_open3d as from_open3d
 from vision3dgen.io.convert import from_pyg as from_pyg
@@ -21,6 +23,7 @@ from vision3dgen.io.convert import to_trimesh as to_trimesh
 from vision3dgen.io.images import has_alpha as has_alpha
 from vision3dgen.io.images import read_depth_png as read_depth_png
 from vision3dgen.io.images import read_image as read_image
+from vision3dgen.io.images import read_index_png as read_index_png
 from vision3dgen.io.images import write_depth_png as write_depth_png
 from vision3dgen.io.images import write_png as write_png
 from vision3dgen.io.meshes import load_mesh as load_mesh

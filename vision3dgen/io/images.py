@@ -29,6 +29,17 @@ def read_image(
     return np.array(image.convert(mode))
 
 
+def read_index_png(path: str | os.PathLike[str], size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "H W"]:
+    """Read the numbers that pixels hold: indices of a palette, whatever its colors, or gray values.
+
+    size: the (H, W) it must have. Raises FileError naming file and reason, colors without a palette among them.
+    """
+    image = _decode(Path(path), size)
+    if image.mode not in ("P", "L"):
+        raise FileError(f"{path}: must have a palette or 8 bits of gray, so that pixels are numbers; got {image.mode}")
+    return np.array(image)
+
+
 def has_alpha(path: str | os.PathLike[str]) -> bool:
     """Whether a picture has an alpha channel or a transparent colour; only its header is read."""
     try:

@@ -18,6 +18,8 @@ _LARGEST = 2048  # voxels along an axis
 
 
 class Binvox(NamedTuple):
+    """A binvox file."""
+
     voxels: Tensor  # (D, H, W) bool = (z, y, x)
     translate: tuple[float, float, float]  # the grid box's minimal corner (x, y, z)
     scale: float  # the box's longest edge

@@ -116,9 +116,10 @@ class KeyValueCache:
         if self.keys is None or self.values is None:
             self.keys = key.new_zeros(*key.shape[:2], self.size, key.shape[3])
             self.values = value.new_zeros(*value.shape[:2], self.size, value.shape[3])
-        self.keys[:, :, self.length : end], self.values[:, :, self.length : end] = key, value
+        self.keys.narrow(2, self.length, key.shape[2]).copy_(key)
+        self.values.narrow(2, self.length, key.shape[2]).copy_(value)
         self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
 
 
 class MultiHeadAttention(nn.Module):

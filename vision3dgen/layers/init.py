@@ -28,6 +28,8 @@ from vision3dgen.checks import check_choice
 
 
 class Fans(NamedTuple):
+    """How many values meet in a weight, which scales its first value."""
+
     inputs: float  # values that are summed into one output
     outputs: float  # outputs that one value takes part in
 

@@ -24,11 +24,15 @@ from vision3dgen.checks import check_shape
 
 
 class LSTMState(NamedTuple):
+    """What an LSTM carries from step to step."""
+
     hidden: Float[Tensor, "*B H"]
     cell: Float[Tensor, "*B H"]
 
 
 class RecurrentOutput(NamedTuple):
+    """What a recurrent layer makes of a batch of sequences."""
+
     output: Float[Tensor, "B T *S"]  # the hidden state after each step; zero beyond a sequence's length
     state: Any  # after the last step of each sequence: a tensor, or an LSTMState
 

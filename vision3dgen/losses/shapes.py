@@ -198,6 +198,8 @@ def hausdorff_distance(
 
 
 class EarthMovers(NamedTuple):
+    """An earth mover's distance between its bounds."""
+
     distance: Tensor  # (B,) cost of the plan found, with gradients to the points
     lower: Tensor  # (B,) no plan costs less
     upper: Tensor  # (B,) the cost of the plan found: equal to `lower` if it is optimal

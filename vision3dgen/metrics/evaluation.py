@@ -9,21 +9,18 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from glob import escape
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import torch
 
 from vision3dgen.engine.loading import to_device
-from vision3dgen.engine.processes import gather_objects, raised_by_all, share
-from vision3dgen.files import atomic_write
 from vision3dgen.metrics.prediction import Job, Prediction, blank_row, job_of, predict_batch, score_job, truths_of
 from vision3dgen.metrics.protocols import Protocol
-from vision3dgen.metrics.summary import Row, Summary, summarize
+from vision3dgen.metrics.results import Batch, Row, score_by_all, score_by_one
+from vision3dgen.metrics.summary import Summary, summarize
 from vision3dgen.parallel import Lost, as_finished
 
-Batch = Mapping[str, Any]
 Predict = Callable[[Batch], Sequence[Prediction]]
 
 
@@ -60,12 +57,7 @@ def evaluate(
         order, rows = _score_all(items, run, {}, None)
         return summarize(header, [rows[name] for ids in order for name in ids])
     path = Path(out)
-    done = _join(path, header)
-    with open(path, "a", encoding="utf-8") as file:
-        order, rows = _score_all(items, run, done, file)
-    names = [name for ids in order for name in ids]
-    _sort(path, names)
-    return summarize(header, [rows[name] for name in names])
+    return summarize(header, score_by_one(items, path, header, run.score))
 
 
 def evaluate_distributed(
@@ -90,29 +82,8 @@ def evaluate_distributed(
     """
     path = Path(out)
     header = _header(protocol, seed, repeats, about, ceiling)
-    with raised_by_all() as rank:
-        if rank == 0:
-            _join(path, header)
-    numbers = share(len(batches))
-    order: list[list[str]] = []
-    with raised_by_all() as rank:
-        done = {row["id"]: row for row in read_results(path)[1]}
-        own = path.with_name(f"{path.stem}.part{rank}{path.suffix}")
-        _resume(own, header)
-        with open(own, "a", encoding="utf-8") as file:
-            mine = (batches[number] for number in numbers)
-            order, _ = _score_all(mine, _Run(predict, protocol, header, workers, timeout), done, file)
-    owned = dict(pair for pairs in gather_objects(list(zip(numbers, order))) for pair in pairs)
-    names = [name for number in sorted(owned) for name in owned[number]]
-    with raised_by_all() as rank:
-        if len(set(names)) < len(names):
-            twice = next(name for index, name in enumerate(names) if name in names[:index])
-            raise ValueError(f"item {twice!r} comes twice: every id must be scored once")
-        if rank == 0:
-            _join(path, header)
-            _sort(path, names)
-    rows = {row["id"]: row for row in read_results(path)[1]}
-    return summarize(header, [rows[name] for name in names])
+    run = _Run(predict, protocol, header, workers, timeout)
+    return summarize(header, score_by_all(batches, path, header, run.score))
 
 
 class _Run(NamedTuple):
@@ -121,6 +92,9 @@ class _Run(NamedTuple):
     header: dict[str, Any]
     workers: int
     timeout: float | None
+
+    def score(self, batches: Iterable[Batch], done: Mapping[str, Row], file: IO[str]) -> list[list[str]]:
+        return _score_all(batches, self, done, file)[0]
 
 
 def _header(
@@ -198,75 +172,3 @@ def _timed(job: Job) -> tuple[Row, float]:
     """The row of a job and the seconds it took."""
     start = time.perf_counter()
     return score_job(job), time.perf_counter() - start
-
-
-# ------------------------------------------------------------------------------------------------ results file
-
-
-def read_results(path: str | os.PathLike[str]) -> tuple[Row, list[Row]]:
-    """Header and rows of a results file; a last line cut short is left out. ValueError names a broken line."""
-    header, rows, _ = _parse(Path(path))
-    if header is None:
-        raise ValueError(f"{path}: no header line, not a results file")
-    return header, rows
-
-
-def _parse(path: Path) -> tuple[Row | None, list[Row], int]:
-    """Header, rows and the length in bytes of the whole lines."""
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    lines = []
-    for number, line in enumerate(content[:whole].splitlines(), start=1):
-        try:
-            lines.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-        kind = "protocol" if number == 1 else "id"
-        if not isinstance(lines[-1], dict) or kind not in lines[-1]:
-            raise ValueError(f"{path}, line {number}: no {kind!r}, not a line that evaluate wrote")
-    return (lines[0] if lines else None), lines[1:], whole
-
-
-def _resume(path: Path, header: Row) -> dict[str, Row]:
-    """Rows already in the file, which is cut to whole lines, or started with the header."""
-    start = json.dumps(header, allow_nan=False) + "\n"
-    if path.exists():
-        found, rows, whole = _parse(path)
-        if found is not None:
-            different = sorted(key for key in {*header, *found} if found.get(key) != header.get(key))
-            if different:
-                raise ValueError(f"{path} holds results of another run: {different} differ; choose another file")
-            os.truncate(path, whole)
-            return {row["id"]: row for row in rows}
-        if not start.startswith(path.read_text(encoding="utf-8")):
-            raise ValueError(f"{path}: not a results file; choose another file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(start, encoding="utf-8")
-    return {}
-
-
-def _join(path: Path, header: Row) -> dict[str, Row]:
-    """Rows already in a results file, which is made if need be, and in parts beside it, which it takes in."""
-    done = _resume(path, header)
-    parts = sorted(path.parent.glob(f"{escape(path.stem)}.part*{escape(path.suffix)}"))
-    for part in parts:
-        done |= _resume(part, header)
-    if parts:
-        _write(path, header, done.values())
-        for part in parts:
-            part.unlink()
-    return done
-
-
-def _sort(path: Path, order: Sequence[str]) -> None:
-    """Put the rows of a results file in this order, those of other items last; a file in this order is not touched."""
-    header, rows = read_results(path)
-    known = {row["id"]: row for row in rows}
-    wanted = list(dict.fromkeys([*order, *known]))
-    if [row["id"] for row in rows] != wanted:
-        _write(path, header, [known[name] for name in wanted])
-
-
-def _write(path: Path, header: Row, rows: Iterable[Row]) -> None:
-    with atomic_write(path) as file:
-        file.writelines(json.dumps(line, allow_nan=False).encode() + b"\n" for line in (header, *rows))

@@ -137,6 +137,8 @@ def kid(
 
 
 class InceptionScore(NamedTuple):
+    """Mean and standard deviation over the splits."""
+
     mean: float
     std: float
 
@@ -159,6 +161,8 @@ def inception_score(logits: Float[Tensor, "N K"], splits: int = 10) -> Inception
 
 
 class Manifold(NamedTuple):
+    """How two sets of features cover each other (Kynkäänniemi et al. 2019; Naeem et al. 2020)."""
+
     precision: float  # share of generated samples within the reach of some real one
     recall: float  # share of real samples within the reach of some generated one
     density: float  # how many real samples reach a generated one, over `nearest`; may exceed 1

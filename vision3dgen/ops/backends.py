@@ -1,15 +1,16 @@
 """Which implementation runs an operator, and in which precision.
 
 `torch` (default) needs no compiler: SciPy's KD-tree where it wins on CPU, Triton kernels on CUDA where Triton is
-installed, tiled torch elsewhere. `pytorch3d` hands the call to PyTorch3D. The choice is explicit, by argument or by
-`use_backend`: a backend that is not installed is an error, never a silent change of numbers.
+installed, tiled torch elsewhere. `pytorch3d` hands the call to PyTorch3D, `torchvision` that of an operator on boxes or
+regions to torchvision. The choice is explicit, by argument or by `use_backend`: a backend that is not installed is an
+error, never a silent change of numbers.
 """
 
 import functools
 import importlib
 import importlib.util
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from vision3dgen.checks import check_choice
 
-BACKENDS = ("torch", "pytorch3d")
+BACKENDS = ("torch", "pytorch3d", "torchvision")
+INSTALL = {"pytorch3d": 'pip install "vision3dgen[pytorch3d]"', "torchvision": "pip install torchvision"}
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 _log = logging.getLogger(__name__)
 _chosen = "torch"  # for the whole process: torch.compile traces a global, not a ContextVar
@@ -29,36 +31,44 @@ R = TypeVar("R")
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every operator inside the block on this backend, unless a call names its own.
+    """Run every operator that has this backend on it inside the block, unless a call names its own.
 
     Raises ImportError, saying what to install, when the backend is missing.
     """
     global _chosen
-    before, _chosen = _chosen, resolve_backend(name)
+    before, _chosen = _chosen, resolve_backend(name, offered=BACKENDS)
     try:
         yield
     finally:
         _chosen = before
 
 
-def resolve_backend(name: str | None = None) -> str:
-    """The backend to run on: the one named, else the one of the enclosing `use_backend`, else `torch`."""
-    name = _chosen if name is None else name
-    check_choice("backend", name, BACKENDS)
-    if name == "pytorch3d":
-        import_pytorch3d("pytorch3d")
+def resolve_backend(name: str | None = None, *, offered: Sequence[str] = ("torch", "pytorch3d")) -> str:
+    """The backend to run on, of those an operator offers: the one named, else that of the enclosing `use_backend`.
+
+    `torch` where nothing is named, and where the enclosing one is not offered.
+    """
+    if name is None:
+        name = _chosen if _chosen in offered else "torch"
+    check_choice("backend", name, offered)
+    if name != "torch":
+        import_backend(name, name)
     return name
+
+
+def import_backend(backend: str, module: str) -> Any:
+    """A module of a backend, or an ImportError that says how to get it."""
+    try:
+        return importlib.import_module(module)
+    except (ImportError, RuntimeError) as error:  # torchvision beside another torch than its own: RuntimeError
+        raise ImportError(
+            f'backend "{backend}" needs {module}, which does not import here ({error}): {INSTALL[backend]}'
+        ) from error
 
 
 def import_pytorch3d(module: str) -> Any:
     """PyTorch3D's `module`, or an ImportError that says how to get it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f'backend "pytorch3d" needs {module}, which does not import here ({error}): '
-            'pip install "vision3dgen[pytorch3d]"'
-        ) from error
+    return import_backend("pytorch3d", module)
 
 
 def triton_runs_on(device_type: str) -> bool:

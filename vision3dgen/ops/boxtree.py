@@ -29,7 +29,7 @@ def nearest_boxed(
     squared distance within which, rounding included, a content is known to be. All in float64. A node is dropped when
     its box is farther from the query's than the bound.
     """
-    order = _z_order(boxes.mean(1)).argsort()
+    order = z_order(boxes.mean(1)).argsort()
     levels = _levels(boxes[order])
     nearest = torch.full((len(queries),), len(boxes), device=queries.device)
     fronts = list(torch.arange(len(queries), device=queries.device).split(_FRONT))
@@ -66,7 +66,7 @@ def _descend(
     return query, node
 
 
-def _z_order(centers: Float[Tensor, "M 3"]) -> Int[Tensor, " M"]:
+def z_order(centers: Float[Tensor, "M 3"]) -> Int[Tensor, " M"]:
     """Position along a Z-order curve of 2^20 cells per axis."""
     low, high = centers.amin(0), centers.amax(0)
     size = (high - low).amax().clamp_min(torch.finfo(centers.dtype).tiny)

@@ -50,6 +50,8 @@ _CHOSEN_BYTES = 120  # per pair chosen under faces_per_pixel
 
 
 class Rasterization(NamedTuple):
+    """What `rasterize` sees at each pixel."""
+
     mask: Tensor  # (B, H, W) hard: 1 where a face covers the pixel's center; soft: probability that one does
     depth: Tensor  # (B, H, W) along the optical axis at the pixel's center, 0 where there is no face
     normals: Tensor  # (B, H, W, 3) unit face normals in camera axes, towards the camera, 0 where there is no face

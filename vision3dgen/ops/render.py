@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import logging
 import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -66,30 +67,65 @@ def raycast(
     with an ambient term, a light at the camera and one above its left shoulder; normals are interpolated across edges
     flatter than `crease_angle` degrees. Faces are seen from both sides; what lies behind the camera is not.
     """
+    if len(meshes) != 1 or camera.translation.ndim != 1:
+        raise ValueError(f"raycast draws one mesh with one camera, got {len(meshes)} and {camera.translation.shape}")
+    views = raycast_views(
+        meshes, [camera], face_colors=face_colors, renderer=renderer, samples=samples, crease_angle=crease_angle
+    )
+    return next(views)
+
+
+def raycast_views(
+    meshes: MeshesLike,
+    cameras: Iterable[Camera],
+    *,
+    face_colors: Float[Tensor, "F 3"] | None = None,
+    renderer: str = "auto",
+    samples: int = 3,
+    crease_angle: float = 40.0,
+) -> Iterator[Rendering]:
+    """`raycast` by each camera in turn; what does not depend on the camera is made once."""
     renderer = resolve_renderer(renderer)
     verts, faces = meshes.verts_packed().detach(), meshes.faces_packed()
     size = check_shape(verts=(verts, "V 3"), faces=(faces, "F 3"))
-    if len(meshes) != 1 or camera.translation.ndim != 1:
-        raise ValueError(f"raycast draws one mesh with one camera, got {len(meshes)} and {camera.translation.shape}")
+    if len(meshes) != 1:
+        raise ValueError(f"raycast_views draws one mesh, got {len(meshes)}")
     if samples < 1 or samples % 2 == 0:
         raise ValueError(f"samples must be odd (the middle ray is the pixel's center), got {samples}")
     check_finite(verts=verts)
     if face_colors is None:
         face_colors = verts.new_tensor(GRAY).expand(size["F"], 3)
     check_shape(faces=(faces, "F 3"), face_colors=(face_colors, "F 3"))
+    colors = face_colors.double()
+    verts = verts.double()
+    world_normals = corner_normals(verts[faces], faces, crease_angle)
+    find = _Open3D(verts, faces).nearest if renderer == "open3d" else _nearest_builtin
+    return (_draw(verts, faces, colors, world_normals, camera, find, samples) for camera in cameras)
 
+
+def _draw(
+    verts: Float[Tensor, "V 3"],
+    faces: Int[Tensor, "F 3"],
+    colors: Float[Tensor, "F 3"],
+    world_normals: Float[Tensor, "F 3 3"],
+    camera: Camera,
+    find: Callable[[Tensor, Tensor, Camera], Tensor],
+    samples: int,
+) -> Rendering:
     camera = camera.to(torch.float64).to(verts.device)
-    corners = camera.world_to_camera(verts.double())[faces]  # (F, 3, 3)
+    corners = camera.world_to_camera(verts)[faces]  # (F, 3, 3)
     height, width = camera.image_size
     rays = _rays(camera, samples)  # (H s, W s, 3), z = 1
-    find = _nearest_open3d if renderer == "open3d" else _nearest_builtin
-    face = find(corners, rays, camera.intrinsics)
+    face = find(corners, rays, camera)
 
-    hit = face.view(-1) >= 0
-    color = _shade(corners, faces, face.view(-1)[hit], rays.view(-1, 3)[hit], face_colors.double(), crease_angle)
+    index = face.view(-1)
+    hit = (index >= 0).nonzero()[:, 0]
+    met = index[hit]
+    normals = world_normals.index_select(0, met) @ camera.rotation.T
+    color = _shade(corners.index_select(0, met), normals, rays.view(-1, 3)[hit], colors[met])
     grid = (height, samples, width, samples)
-    coverage = hit.double().view(grid).sum((1, 3))  # samples that meet the mesh
-    summed = torch.zeros(len(hit), 3, dtype=torch.float64, device=verts.device)
+    coverage = (index >= 0).double().view(grid).sum((1, 3))  # samples that meet the mesh
+    summed = torch.zeros(len(index), 3, dtype=torch.float64, device=verts.device)
     summed[hit] = color
     mean = summed.view(*grid, 3).sum((1, 3)) / coverage.clamp(min=1)[..., None]
     rgba = torch.cat([mean.clamp(0, 1), (coverage / samples**2)[..., None]], dim=-1)
@@ -99,8 +135,9 @@ def raycast(
     mask = face >= 0
     depth = torch.zeros(height, width, dtype=torch.float64, device=verts.device)
     normals = torch.zeros(height, width, 3, dtype=torch.float64, device=verts.device)
-    depth[mask] = _intersect(corners[face[mask]], rays[mask]).depth
-    facing = _face_normals(corners)[face[mask]]
+    seen = corners[face[mask]]
+    depth[mask] = _intersect(seen, rays[mask]).depth
+    facing = _face_normals(seen)
     normals[mask] = torch.where(((facing * rays[mask]).sum(-1) > 0)[:, None], -facing, facing)
     return Rendering(rgba.float(), depth.float(), normals.float(), mask, face)
 
@@ -143,30 +180,38 @@ def _intersect(corners: Float[Tensor, "N 3 3"], rays: Float[Tensor, "N 3"]) -> _
     return _Intersection(weights, depth)
 
 
-def _nearest_open3d(
-    corners: Float[Tensor, "F 3 3"], rays: Float[Tensor, "H W 3"], intrinsics: Float[Tensor, "3 3"]
-) -> Int[Tensor, "H W"]:
-    """Index of the first face each ray meets, -1 where none."""
-    try:
-        open3d = importlib.import_module("open3d")  # untyped on purpose: its stubs refuse numpy arrays
-    except ImportError as error:
-        raise ImportError('renderer "open3d" needs Open3D: pip install "vision3dgen[viz]"') from error
-    face = torch.full(rays.shape[:2], -1, dtype=torch.int64)
-    if len(corners):
-        scene = open3d.t.geometry.RaycastingScene(nthreads=1)
-        index = torch.arange(3 * len(corners), dtype=torch.int32).view(-1, 3)
-        scene.add_triangles(
-            open3d.core.Tensor(corners.reshape(-1, 3).float().cpu().numpy()),
-            open3d.core.Tensor(index.numpy().view("uint32")),
-        )
-        cast = torch.cat([torch.zeros_like(rays), rays], dim=-1).float().cpu().numpy()
-        found = scene.cast_rays(open3d.core.Tensor(cast), nthreads=1)["primitive_ids"].numpy()
+class _Open3D:
+    """The first face each ray meets, in float32 about the middle of the mesh."""
+
+    def __init__(self, verts: Float[Tensor, "V 3"], faces: Int[Tensor, "F 3"]):
+        try:
+            self.open3d = importlib.import_module("open3d")  # untyped on purpose: its stubs refuse numpy arrays
+        except ImportError as error:
+            raise ImportError('renderer "open3d" needs Open3D: pip install "vision3dgen[viz]"') from error
+        self.scene = None
+        if len(faces):
+            self.middle = (verts.amin(0) + verts.amax(0)) / 2
+            self.scene = self.open3d.t.geometry.RaycastingScene(nthreads=1)
+            self.scene.add_triangles(
+                self.open3d.core.Tensor((verts - self.middle).float().cpu().numpy()),
+                self.open3d.core.Tensor(faces.cpu().numpy().astype("uint32")),
+            )
+
+    def nearest(
+        self, corners: Float[Tensor, "F 3 3"], rays: Float[Tensor, "H W 3"], camera: Camera
+    ) -> Int[Tensor, "H W"]:
+        """Index of the first face each ray meets, -1 where none."""
+        if self.scene is None:
+            return torch.full(rays.shape[:2], -1, dtype=torch.int64, device=rays.device)
+        eye = (camera.center - self.middle).expand_as(rays)
+        cast = torch.cat([eye, rays @ camera.rotation], dim=-1).float().cpu().numpy()
+        found = self.scene.cast_rays(self.open3d.core.Tensor(cast), nthreads=1)["primitive_ids"].numpy()
         face = torch.from_numpy(found.view("int32").astype("int64"))  # "none" is the largest uint32: -1
-    return face.to(rays.device)
+        return face.to(rays.device)
 
 
 def _nearest_builtin(
-    corners: Float[Tensor, "F 3 3"], rays: Float[Tensor, "H W 3"], intrinsics: Float[Tensor, "3 3"]
+    corners: Float[Tensor, "F 3 3"], rays: Float[Tensor, "H W 3"], camera: Camera
 ) -> Int[Tensor, "H W"]:
     """Index of the first face each ray meets, -1 where none: each face tests the samples in its projected box.
 
@@ -184,7 +229,7 @@ def _nearest_builtin(
     step = rays[0, 0].new_tensor([rays[0, -1, 0] - rays[0, 0, 0], rays[-1, 0, 1] - rays[0, 0, 1]])
     behind = (corners[..., 2] <= 1e-9).any(1)
     slopes = corners[..., :2] / corners[..., 2:].clamp(min=1e-9)  # (F, 3, 2)
-    skew = intrinsics[0, 1] / intrinsics[0, 0]
+    skew = camera.intrinsics[0, 1] / camera.intrinsics[0, 0]
     slopes = torch.stack([slopes[..., 0] + skew * slopes[..., 1], slopes[..., 1]], dim=-1)
     first = rays[0, 0, :2] + torch.stack([skew * rays[0, 0, 1], torch.zeros_like(skew)])
     last = slopes.new_tensor([width - 1, height - 1])
@@ -234,23 +279,21 @@ def _area_vectors(corners: Float[Tensor, "F 3 3"]) -> Float[Tensor, "F 3"]:
 
 
 def _shade(
-    corners: Float[Tensor, "F 3 3"],
-    faces: Int[Tensor, "F 3"],
-    face: Int[Tensor, " N"],
+    corners: Float[Tensor, "N 3 3"],
+    normals: Float[Tensor, "N 3 3"],
     rays: Float[Tensor, "N 3"],
-    colors: Float[Tensor, "F 3"],
-    crease_angle: float,
+    colors: Float[Tensor, "N 3"],
 ) -> Float[Tensor, "N 3"]:
-    """Color of each hit sample."""
-    weights = _intersect(corners[face], rays).weights.clamp(0, 1)
-    normals = (weights[..., None] * corner_normals(corners, faces, crease_angle)[face]).sum(1)
-    normals = torch.nn.functional.normalize(normals, dim=-1)
+    """Color of each hit sample, from its face's corners, their normals and its color."""
+    weights = _intersect(corners, rays).weights.clamp(0, 1)
+    normal = (weights[..., None] * normals).sum(1)
+    normal = torch.nn.functional.normalize(normal, dim=-1)
     view = -torch.nn.functional.normalize(rays, dim=-1)
-    towards = (normals * view).sum(-1, keepdim=True)
-    normals = torch.where(towards < 0, -normals, normals)
+    towards = (normal * view).sum(-1, keepdim=True)
+    normal = torch.where(towards < 0, -normal, normal)
     key = torch.nn.functional.normalize(rays.new_tensor([-0.45, -0.75, -0.5]), dim=0)  # up is -y, to the camera -z
-    light = 0.30 + 0.35 * towards[:, 0].abs() + 0.45 * (normals * key).sum(-1).clamp(min=0)
-    return colors[face] * light[:, None]
+    light = 0.30 + 0.35 * towards[:, 0].abs() + 0.45 * (normal * key).sum(-1).clamp(min=0)
+    return colors * light[:, None]
 
 
 def corner_normals(

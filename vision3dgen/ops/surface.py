@@ -183,6 +183,8 @@ def isosurface(
 
 
 class Extraction(NamedTuple):
+    """What `extract_surface` found, and what it cost."""
+
     mesh: Meshes  # one member, world coordinates
     evaluations: int  # points the field was asked for
 

@@ -8,6 +8,7 @@ Differs: no in-place twins (`offset_verts_`, `scale_verts_`), textures are attri
 everywhere.
 """
 
+from vision3dgen.structures.annotations import check_annotations as check_annotations
 from vision3dgen.structures.camera import Camera as Camera
 from vision3dgen.structures.camera import Open3DCamera as Open3DCamera
 from vision3dgen.structures.camera import OpenGLCamera as OpenGLCamera
@@ -19,6 +20,7 @@ from vision3dgen.structures.grid import GridSpec as GridSpec
 from vision3dgen.structures.meshes import Meshes as Meshes
 from vision3dgen.structures.meshes import join_meshes_as_batch as join_meshes_as_batch
 from vision3dgen.structures.meshes import join_meshes_as_scene as join_meshes_as_scene
+from vision3dgen.structures.panoptic import PanopticSegments as PanopticSegments
 from vision3dgen.structures.pointclouds import Pointclouds as Pointclouds
 from vision3dgen.structures.pointclouds import join_pointclouds_as_batch as join_pointclouds_as_batch
 from vision3dgen.structures.pointclouds import join_pointclouds_as_scene as join_pointclouds_as_scene

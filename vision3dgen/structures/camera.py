@@ -15,16 +15,22 @@ _FLIP_XY = torch.diag(torch.tensor([-1.0, -1.0, 1.0], dtype=torch.float64))
 
 
 class Projection(NamedTuple):
+    """Where points are seen."""
+
     pixels: Tensor  # (..., N, 2) u right, v down; pixel (row 0, column 0) covers [0, 1) x [0, 1)
     depth: Tensor  # (..., N) along the optical axis
 
 
 class OpenGLCamera(NamedTuple):
+    """OpenGL's matrices."""
+
     view: Tensor  # (..., 4, 4) world to eye, looking along -z
     projection: Tensor  # (..., 4, 4) eye to clip
 
 
 class PyTorch3DCamera(NamedTuple):
+    """The arguments of PyTorch3D's `PerspectiveCameras`."""
+
     R: Tensor  # (..., 3, 3) applied to row vectors: x R + T
     T: Tensor  # (..., 3)
     focal_length: Tensor  # (..., 2) pixels, for PerspectiveCameras(in_ndc=False)
@@ -33,6 +39,8 @@ class PyTorch3DCamera(NamedTuple):
 
 
 class Open3DCamera(NamedTuple):
+    """What Open3D's `PinholeCameraParameters` and renderers take."""
+
     intrinsic: Tensor  # (..., 3, 3) pixels, centres at integers: Open3D's convention
     extrinsic: Tensor  # (..., 4, 4) world to camera
     width: int

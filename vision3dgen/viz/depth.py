@@ -8,6 +8,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from vision3dgen.viz.gallery import PathLike, Picture, gallery
+from vision3dgen.viz.scene import colors_of
 
 WHERE_NOTHING = 255  # white
 
@@ -23,8 +24,16 @@ def depth_picture(
     known = np.isfinite(values) & (values > 0)
     low, high = limits or ((values[known].min(), values[known].max()) if known.any() else (0.0, 1.0))
     share = np.where(known, (values - low) / max(high - low, 1e-12), 0).clip(0, 1)
-    colors = _colors(colormap, share)
+    colors = colors_of(colormap, share)
     return np.where(known[..., None], (255 * colors).round(), WHERE_NOTHING).astype(np.uint8)
+
+
+def depth_error_picture(depth: Float[Tensor, "1 H W"], truth: Float[Tensor, "1 H W"]) -> UInt8[np.ndarray, "H W 3"]:
+    """|predicted - true| / true from white (0, and where there is no truth) to red (0.2 and more). Needs matplotlib."""
+    depth, truth = depth.detach().cpu().float(), truth.cpu().float()
+    known = (truth > 0) & truth.isfinite()
+    error = ((depth - truth).abs() / truth.where(known, 1)).where(known, 0)
+    return (255 * colors_of("Reds", (error[0] / 0.2).clamp(0, 1).double().numpy())).round().astype(np.uint8)
 
 
 def normals_picture(normals: Float[Tensor, "3 H W"]) -> UInt8[np.ndarray, "H W 3"]:
@@ -56,21 +65,10 @@ def depth_gallery(
         row: list[Picture] = [image, depth_picture(truth, limits)]
         for pictures in predictions.values():
             found = pictures[index].cpu().where(known, 0)
-            error = ((found - truth).abs() / truth.where(known, 1)).where(known, 0)
-            red = _colors("Reds", (error[0] / 0.2).clamp(0, 1).double().numpy())
-            row += [depth_picture(found, limits), (255 * red).round().astype(np.uint8)]
+            row += [depth_picture(found, limits), depth_error_picture(found, truth)]
         rows.append([_enlarged(picture, times) for picture in row])
     titles = ["image", "truth"] + [title for name in predictions for title in (name, "error")]
     return gallery(rows, titles, path=path)
-
-
-def _colors(colormap: str, share: np.ndarray) -> np.ndarray:
-    """(H, W, 3) in [0, 1]."""
-    try:
-        from matplotlib import colormaps
-    except ImportError as error:
-        raise ImportError('pictures of depth need matplotlib: pip install "vision3dgen[viz]"') from error
-    return colormaps[colormap](share)[..., :3]
 
 
 def _enlarged(picture: Picture, times: int) -> Picture:

@@ -22,6 +22,7 @@ from vision3dgen.structures import Camera
 from vision3dgen.viz.scene import (
     PALETTE,
     TRUTH_COLOR,
+    Color,
     Job,
     Renderings,
     Sample,
@@ -59,7 +60,7 @@ def gallery(
     stand upright at the left; titles too long for their cell end in an ellipsis.
     """
     pictures = [
-        [None if cell is None else _pixels(cell, (i, j)) for j, cell in enumerate(r)] for i, r in enumerate(rows)
+        [None if cell is None else as_pixels(cell, (i, j)) for j, cell in enumerate(r)] for i, r in enumerate(rows)
     ]
     drawn = [cell for row in pictures for cell in row if cell is not None]
     if not drawn:
@@ -127,37 +128,57 @@ def reconstruction_gallery(
     The image and what is drawn beside it are cut alike to the part where there are shapes. A head that made nothing of
     a sample gets a cell that says so. The result holds the sheet and the renderer used.
     """
+    cells = reconstruction_cells(samples, size=size, renderer=renderer)
+    columns = list(dict.fromkeys(name for row in cells.rows for name in row))
+    last = ["truth"] if "truth" in columns else []
+    columns = [name for name in columns if name not in last] + last
+    titles = [sample.title for sample in samples]
+    captions = [[sample.captions.get(name, "") for name in columns] for sample in samples]
+    sheet = gallery(
+        [[row.get(name, label("none", size)) for name in columns] for row in cells.rows],
+        columns,
+        titles if any(titles) else (),
+        path,
+        captions=captions if any(any(line) for line in captions) else (),
+    )
+    return Renderings([sheet], cells.renderer)
+
+
+class Cells(NamedTuple):
+    """Pictures of samples one by one, by column: "input", those of `Sample.pictures`, each head, "truth"."""
+
+    rows: list[dict[str, np.ndarray]]  # (H, W, 3) uint8 each
+    renderer: str
+
+
+def reconstruction_cells(
+    samples: Sequence[Sample],
+    *,
+    size: tuple[int, int] = (240, 240),
+    colors: Mapping[str, Color] | None = None,
+    renderer: str = "auto",
+) -> Cells:
+    """The cells of `reconstruction_gallery`, for other layouts. colors: of heads, else in the order they come."""
     samples = list(samples)
     if not samples:
         raise ValueError("samples must be at least one")
     heads = list(dict.fromkeys(name for sample in samples for name in sample.predictions))
-    with_image, with_truth = any(s.image is not None for s in samples), any(s.truth is not None for s in samples)
-    names = [*heads, *["truth"] * with_truth]
-    colors = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(heads)} | {"truth": TRUTH_COLOR}
-
+    colors = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(heads)} | dict(colors or {})
+    colors["truth"] = TRUTH_COLOR
     jobs: dict[tuple[int, str], Job] = {}
-    inputs: list[Picture | None] = []
+    rows: list[dict[str, np.ndarray]] = []
     for i, sample in enumerate(samples):
         shapes = sample.shapes()
         cut = _cut(sample.camera, sample.image, list(shapes.values()), size)
-        inputs.append(None if cut.image is None else np.array(_fitted(_pixels(cut.image, (i, 0)), size)))
-        for name in names:
-            if name in shapes:
-                jobs[i, name] = Job(shapes[name], cut.camera, colors[name])
+        given: dict[str, Picture] = {"input": cut.image} if cut.image is not None else {}
+        given |= sample.pictures
+        rows.append({name: np.array(_fitted(as_pixels(p, (i, j)), size)) for j, (name, p) in enumerate(given.items())})
+        for name, shape in shapes.items():
+            jobs[i, name] = Job(shape, cut.camera, colors[name])
     result = render_many(list(jobs.values()), size=size, renderer=renderer)
-    cells = dict(zip(jobs, result.images))
-    rows, captions = [], []
-    for i, sample in enumerate(samples):
-        rows.append([*inputs[i : i + with_image], *(cells.get((i, name), label("none", size)) for name in names)])
-        captions.append([*[""] * with_image, *(sample.captions.get(name, "") for name in names)])
-    sheet = gallery(
-        rows,
-        [*["input"] * with_image, *names],
-        [sample.title for sample in samples] if any(sample.title for sample in samples) else (),
-        path,
-        captions=captions if any(any(line) for line in captions) else (),
-    )
-    return Renderings([sheet], result.renderer)
+    for (i, name), image in zip(jobs, result.images):
+        rows[i][name] = image
+    return Cells(rows, result.renderer)
 
 
 class _Cut(NamedTuple):
@@ -169,6 +190,8 @@ def _cut(camera: Camera | None, image: Tensor | None, shapes: Sequence[Shape | N
     """The camera and the image of the part of a view, as wide to high as `size`, that shapes fill."""
     if camera is None:
         return _Cut(fit_camera(shapes, size), image)
+    if not any(shape is not None for shape in shapes):
+        return _Cut(camera, image)
     camera = camera.to(torch.float64).to("cpu")
     if image is not None:
         camera = camera.resize((image.shape[1], image.shape[2]))
@@ -192,7 +215,8 @@ def _cut(camera: Camera | None, image: Tensor | None, shapes: Sequence[Shape | N
     return _Cut(camera, None if image is None else image[:, top : top + rows, left : left + columns])
 
 
-def _pixels(picture: Picture, cell: tuple[int, int]) -> np.ndarray:
+def as_pixels(picture: Picture, cell: tuple[int, int]) -> np.ndarray:
+    """The picture as (H, W, 3) uint8; `cell`, its row and column, is named where it is none."""
     if isinstance(picture, Tensor):
         if picture.ndim == 3 and picture.shape[0] in (1, 3) and picture.is_floating_point():
             shown = picture.detach().cpu().clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0)
@@ -246,7 +270,7 @@ def curves(
         name: read_jsonl(Path(run)) if isinstance(run, str | os.PathLike) else list(run) for name, run in runs.items()
     }
     found = list(dict.fromkeys(key for entries in records.values() for entry in entries for key in entry))
-    chosen = list(keys) if keys is not None else [k for k in found if k.endswith("loss") or k.startswith("val/")]
+    chosen = list(keys) if keys is not None else curve_keys(list(records.values()))
     missing = [key for key in chosen if key not in found]
     if missing or not chosen:
         raise ValueError(f"no curve for {missing or 'any loss or val/ key'}; the records have {sorted(found)}")
@@ -271,6 +295,12 @@ def curves(
         axis.set_xlabel("step")
     _legend(figure, axes)
     save_figure(figure, path)
+
+
+def curve_keys(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
+    """What of the records of runs is drawn when nothing is asked for: losses, and what was measured on validation."""
+    found = dict.fromkeys(key for entries in runs for entry in entries for key in entry)
+    return [key for key in found if key.endswith("loss") or key.startswith("val/")]
 
 
 def threshold_curve(

@@ -177,48 +177,88 @@ def _mesh(job: Any, which: int, extrinsic: np.ndarray | None = None) -> Any:
     return mesh
 
 
+class Walk:
+    """Where a reader of the window is: at which sample and head, and what the colors say.
+
+    samples: entries of window.json. Keys: n and p step through samples, h through the heads of one, e turns colors for
+    the distance to the truth on and off. A head that a sample lacks is not skipped: it shows as nothing.
+    """
+
+    KEYS = "NPHE"
+
+    def __init__(self, samples: Sequence[dict[str, Any]]):
+        self.samples, self.at, self.head, self.by_error = samples, 0, 0, False
+
+    def press(self, key: str) -> None:
+        if key in "NP":
+            self.at = (self.at + (1 if key == "N" else -1)) % len(self.samples)
+        elif key == "H":
+            self.head = (self.head + 1) % max(len(self.sample["heads"]), 1)
+        else:
+            self.by_error = not self.by_error
+
+    @property
+    def sample(self) -> dict[str, Any]:
+        return self.samples[self.at]
+
+    @property
+    def shown(self) -> list[dict[str, Any]]:
+        """What stands side by side: the head and the truth, or without a truth every shape."""
+        heads, truth = self.sample["heads"], self.sample["truth"]
+        if truth is None:
+            return list(heads)
+        return [*heads[self.head % len(heads) :][:1], truth] if heads else [truth]
+
+    def meshes(self) -> list[int | None]:
+        """Which triangle set each of `shown` is drawn with."""
+        return [entry.get("error" if self.by_error else "mesh", entry["mesh"]) for entry in self.shown]
+
+    @property
+    def title(self) -> str:
+        names = " | ".join(entry["name"] + (" (empty)" if entry["mesh"] is None else "") for entry in self.shown)
+        colored = "    colors: distance to the truth" if self.by_error else ""
+        return f"{self.sample['title']}    {names}{colored}"
+
+
 def _window(folder: Path) -> None:
     """A window on the samples of `window.json`: predictions left, truth right; `open` is written when it is there."""
     import open3d
 
-    samples = json.loads((folder / "window.json").read_text(encoding="utf-8"))
+    walk = Walk(json.loads((folder / "window.json").read_text(encoding="utf-8")))
     with np.load(folder / "job.npz") as job:
         meshes = [_mesh(job, i) for i in range(len(job.files) // len(Triangles._fields))]
     for mesh in meshes:
         mesh.compute_triangle_normals()  # without them the window draws no light
     viewer = open3d.visualization.VisualizerWithKeyCallback()
-    if not viewer.create_window("n, p: next, previous sample    h: next head    q: close", 1280, 720):
+    title = "n, p: next, previous sample    h: next head    e: distance to truth    q: close"
+    if not viewer.create_window(title, 1280, 720):
         sys.exit("no window could be opened")
     viewer.get_render_option().mesh_show_back_face = True
-    front, up = np.array([0.62, 0.52, -1.0]), np.array([0.0, 1.0, 0.0])
-    right = np.cross(up, front) / np.linalg.norm(np.cross(up, front))
-    at = {"sample": 0, "head": 0}
 
-    def show(_: Any) -> bool:
-        sample = samples[at["sample"] % len(samples)]
-        heads = sample["heads"]
-        entries = heads if sample["truth"] is None else [heads[at["head"] % len(heads)], sample["truth"]]
+    def show() -> bool:
+        front, up = np.array(walk.sample["front"]), np.array(walk.sample["up"])
+        right = np.cross(up, front) / np.linalg.norm(np.cross(up, front))
         viewer.clear_geometries()
-        for place, entry in enumerate(entries):
-            if entry["mesh"] is not None:
-                moved = open3d.geometry.TriangleMesh(meshes[entry["mesh"]])
-                viewer.add_geometry(moved.translate(place * sample["width"] * right))
+        for place, index in enumerate(walk.meshes()):
+            if index is not None:
+                moved = open3d.geometry.TriangleMesh(meshes[index])
+                viewer.add_geometry(moved.translate(place * walk.sample["width"] * right))
         view = viewer.get_view_control()
         view.set_front(front)
         view.set_up(up)
-        print(sample["title"], [entry["name"] for entry in entries], flush=True)
+        print(walk.title, flush=True)
         return True
 
-    def step(key: str, by: int) -> Callable[[Any], bool]:
-        def turn(viewer: Any) -> bool:
-            at[key] += by
-            return show(viewer)
+    def on(key: str) -> Callable[[Any], bool]:
+        def press(_: Any) -> bool:
+            walk.press(key)
+            return show()
 
-        return turn
+        return press
 
-    for letter, key, by in (("N", "sample", 1), ("P", "sample", -1), ("H", "head", 1)):
-        viewer.register_key_callback(ord(letter), step(key, by))
-    show(viewer)
+    for letter in Walk.KEYS:
+        viewer.register_key_callback(ord(letter), on(letter))
+    show()
     (folder / "open").touch()
     viewer.run()
     viewer.destroy_window()

@@ -88,7 +88,7 @@ def confusion_figure(
 
 
 def class_accuracy_figure(accuracies: Mapping[str, Mapping[str, float | None]], path: PathLike) -> None:
-    """Accuracy per class, a dot per classifier: accuracies[classifier][class]; None is left out."""
+    """Accuracy per class, a dot per classifier: `accuracies[classifier][class]`; None is left out."""
     if not accuracies:
         raise ValueError("accuracies must hold at least one classifier")
     classes = list(next(iter(accuracies.values())))
@@ -118,6 +118,40 @@ def class_accuracy_figure(accuracies: Mapping[str, Mapping[str, float | None]], 
     axis.set_xlim(-0.5, len(classes) - 0.5)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    save_figure(figure, path)
+
+
+def precision_recall_curve(
+    curves: Mapping[str, tuple[Sequence[float] | Tensor, Sequence[float] | Tensor]], path: PathLike
+) -> None:
+    """Precision over recall, a line per class or detector, as steps; curves[name] is (recall, precision), both (T,).
+
+    The legend has the area under each line of steps, the average precision over all points. Recall must not fall.
+    """
+    if not curves:
+        raise ValueError("curves must hold at least one")
+    figure = empty_figure(5.2, 3.4)
+    axis = figure.subplots()
+    styles = ("-", "--", ":", "-.")
+    for index, (name, pair) in enumerate(curves.items()):
+        recall, precision = (np.asarray(values, dtype=float) for values in pair)
+        if recall.shape != precision.shape or recall.ndim != 1 or not len(recall):
+            raise ValueError(
+                f"recall and precision of {name!r} must be (T,), at least one, got {recall.shape} and {precision.shape}"
+            )
+        if (np.diff(recall) < 0).any():
+            raise ValueError(f"recall of {name!r} must not fall: sort detections by falling score")
+        area = float((np.diff(recall, prepend=0) * precision).sum())
+        axis.step(
+            np.concatenate([[0], recall]), np.concatenate([precision[:1], precision]), where="pre",
+            color=PALETTE[index % len(PALETTE)], linestyle=styles[index // len(PALETTE) % len(styles)],
+            label=f"{name}  {area:.3f}",
+        )  # fmt: skip
+    axis.set(xlabel="recall", ylabel="precision", xlim=(-0.01, 1.01), ylim=(-0.02, 1.02))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25, linewidth=0.6)
+    axis.tick_params(labelsize=8)
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8, title="average precision")
     save_figure(figure, path)
 
 

@@ -7,6 +7,8 @@ the result. Windows open only where there is a display, and never in the process
 import logging
 import math
 import os
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +24,7 @@ from torch import Tensor
 from vision3dgen.checks import check_choice, check_shape
 from vision3dgen.files import atomic_write
 from vision3dgen.io import write_png
+from vision3dgen.ops import knn_points, nearest_faces
 from vision3dgen.ops.render import RENDERERS, corner_normals, raycast
 from vision3dgen.structures import Camera, Frame, GridSpec, Meshes, Pointclouds
 from vision3dgen.viz import offscreen
@@ -67,7 +70,9 @@ class Sample:
     """One object of a comparison: the input image, the truth, and what each head made of it.
 
     image: (3, H, W) in [0, 1]. Shapes are in `frame`; `camera`, the image's own, applies to the file's coordinates, so
-    shapes are denormalized before they are drawn through it. captions: a line per head, its score say.
+    shapes are denormalized before they are drawn through it. captions: a line per head, its score say. pictures: what
+    else there is to see beside the image, by name: depth in colors, (3, H, W) in [0, 1] or (H, W, 3) uint8. id: the
+    item's.
     """
 
     image: Float[Tensor, "3 H W"] | None = None
@@ -77,6 +82,22 @@ class Sample:
     frame: Frame | None = None
     title: str = ""
     captions: Mapping[str, str] = field(default_factory=dict)
+    pictures: Mapping[str, np.ndarray | Tensor] = field(default_factory=dict)
+    id: str = ""
+
+    @property
+    def up(self) -> tuple[float, float, float]:
+        """Which way is up: +y of objects, -y of what is in a camera's own axes."""
+        return (0.0, -1.0, 0.0) if self._in_camera else (0.0, 1.0, 0.0)
+
+    @property
+    def eye(self) -> tuple[float, float, float]:
+        """From where to look first, relative to the middle: three quarters from the front, or beside the camera."""
+        return (0.25, -0.25, -1.0) if self._in_camera else _EYE
+
+    @property
+    def _in_camera(self) -> bool:
+        return self.frame is not None and self.frame.name == "camera"
 
     def shapes(self) -> dict[str, Shape | None]:
         """Predictions by head, then the truth, in the coordinates of the camera."""
@@ -165,11 +186,15 @@ def _points(shape: Meshes | Pointclouds) -> tuple[Float[Tensor, "N 3"], str]:
 
 
 class Rendering(NamedTuple):
+    """One picture, and who drew it."""
+
     image: np.ndarray  # (H, W, 3) uint8; panels of several shapes lie side by side
     renderer: str  # "open3d" or "builtin"
 
 
 class Renderings(NamedTuple):
+    """Pictures that one renderer drew."""
+
     images: list[np.ndarray]  # (H, W, 3) uint8 each
     renderer: str  # "open3d" or "builtin"
 
@@ -345,6 +370,90 @@ def _point_radius(points: Float[Tensor, "P 3"]) -> float:
     return max(diagonal * min(max(0.45 / math.sqrt(len(points)), 0.002), 0.02), 1e-6)
 
 
+def camera_mesh(
+    camera: Camera, depth: float, image: Float[Tensor, "3 H W"] | None = None, *, color: Color = (0.2, 0.2, 0.22)
+) -> Meshes:
+    """A camera to look at beside shapes: the pyramid that it sees up to `depth`, and its image at the far end.
+
+    One mesh with the face attribute "color"; edges are thin bars, an image is painted with at most 64 x 64 squares.
+    image: in [0, 1], of any size. The camera is one, not a batch; depth is in units of its world.
+    """
+    if camera.translation.ndim != 1 or not depth > 0:
+        raise ValueError(
+            f"camera must be a single one and depth above 0, got {tuple(camera.translation.shape)}, {depth}"
+        )
+    camera = camera.to(torch.float64).to("cpu")
+    height, width = camera.image_size
+    corners = torch.tensor([[0, 0], [width, 0], [width, height], [0, height]], dtype=torch.float64)
+    far = camera.unproject(corners, torch.full((4,), depth, dtype=torch.float64))
+    apex = camera.center
+    ends = [(apex, corner) for corner in far] + [(far[i], far[(i + 1) % 4]) for i in range(4)]
+    radius = 0.006 * float((far[1] - far[3]).norm())
+    parts = [_bar(start, stop, radius) for start, stop in ends]
+    colors = [torch.tensor(color).expand(len(faces), 3) for _, faces in parts]
+    if image is not None:
+        rows, columns = (min(64, side) for side in image.shape[1:])
+        small = torch.nn.functional.interpolate(image[None].float(), (rows, columns), mode="bilinear", antialias=True)
+        y, x = torch.meshgrid(torch.linspace(0, height, rows + 1), torch.linspace(0, width, columns + 1), indexing="ij")
+        pixels = torch.stack([x, y], dim=-1).reshape(-1, 2).double()
+        verts = camera.unproject(pixels, torch.full((len(pixels),), depth, dtype=torch.float64))
+        index = torch.arange(len(pixels)).view(rows + 1, columns + 1)
+        a, b, c, d = (p.reshape(-1) for p in (index[:-1, :-1], index[1:, :-1], index[1:, 1:], index[:-1, 1:]))
+        parts.append((verts, torch.cat([torch.stack([a, b, c], 1), torch.stack([a, c, d], 1)])))
+        colors.append(small[0].clamp(0, 1).permute(1, 2, 0).reshape(-1, 3).repeat(2, 1))
+    starts = np.cumsum([0] + [len(verts) for verts, _ in parts])
+    faces = torch.cat([own + int(start) for (_, own), start in zip(parts, starts)])
+    verts = torch.cat([own for own, _ in parts]).float()
+    return Meshes([verts], [faces], faces_attributes={"color": [torch.cat(colors)]})
+
+
+def _bar(start: Float[Tensor, "3"], stop: Float[Tensor, "3"], radius: float) -> tuple[Tensor, Tensor]:
+    """A square bar between two points: vertices and faces."""
+    along = (stop - start) / (stop - start).norm()
+    aside = torch.linalg.cross(along, torch.eye(3, dtype=along.dtype)[along.abs().argmin()])
+    aside = radius * aside / aside.norm()
+    other = torch.linalg.cross(along, aside)
+    ring = torch.stack([aside, other, -aside, -other])
+    quads = [(i, (i + 1) % 4, (i + 1) % 4 + 4, i + 4) for i in range(4)] + [(3, 2, 1, 0), (4, 5, 6, 7)]
+    faces = torch.tensor([t for a, b, c, d in quads for t in ((a, b, c), (a, c, d))])
+    return torch.cat([start + ring, stop + ring]), faces
+
+
+def distance_to_surface(shape: Meshes | Pointclouds, truth: Meshes | Pointclouds) -> Float[Tensor, " N"]:
+    """How far each vertex or point of one shape is from the surface, or the nearest point, of another; not squared."""
+    points = _points(shape)[0].float()
+    if isinstance(truth, Meshes):
+        return nearest_faces(truth.verts_packed().float(), truth.faces_packed(), points).distances
+    return knn_points(points[None], truth.points_packed()[None].float(), K=1).dists[0, :, 0].sqrt()
+
+
+def colored_by_distance(
+    shape: Meshes | Pointclouds, truth: Meshes | Pointclouds, largest: float
+) -> Meshes | Pointclouds:
+    """The shape with colors for its distance to the truth: cividis, from blue at 0 to yellow at `largest` and more.
+
+    Color-blind readers tell them apart. Needs matplotlib. Raises ValueError where the truth is empty.
+    """
+    if not largest > 0:
+        raise ValueError(f"largest must be a distance above 0, got {largest}")
+    if truth.isempty():
+        raise ValueError("the truth is empty: there is no distance to it")
+    share = (distance_to_surface(shape, truth) / largest).clamp(0, 1)
+    colors = torch.from_numpy(colors_of("cividis", share.detach().cpu().double().numpy())).float()
+    if isinstance(shape, Meshes):
+        return Meshes(shape.verts_list(), shape.faces_list(), verts_attributes={"color": [colors]})
+    return Pointclouds(shape.points_list(), normals=shape.normals_list(), features=[colors])
+
+
+def colors_of(colormap: str, share: np.ndarray) -> np.ndarray:
+    """Colors (*share.shape, 3) in [0, 1] of numbers in [0, 1], by one of matplotlib's colormaps."""
+    try:
+        from matplotlib import colormaps
+    except ImportError as error:
+        raise ImportError('pictures of numbers need matplotlib: pip install "vision3dgen[viz]"') from error
+    return colormaps[colormap](share)[..., :3]
+
+
 # -------------------------------------------------------------------------------------------------------- open3d
 
 
@@ -474,7 +583,7 @@ def turntable(
     background: Color = WHITE,
     renderer: str = "auto",
 ) -> str:
-    """Write a GIF of one shape turning once around the vertical axis; returns the renderer used."""
+    """Write a GIF or MP4 of one shape turning once around the vertical axis; returns the renderer used."""
     shapes = _shapes(shape)
     if len(shapes) != 1 or frames < 1:
         raise ValueError(f"a turntable shows one shape in at least 1 frame, got {len(shapes)} and {frames}")
@@ -486,7 +595,38 @@ def turntable(
     cameras = [_look(center, 360 * i / frames, distance, size) for i in range(frames)]
     jobs = [Job(shapes[0], camera, color) for camera in cameras]
     result = render_many(jobs, size=size, background=background, renderer=renderer)
-    images = [Image.fromarray(image).quantize(128, dither=Image.Dither.NONE) for image in result.images]
-    with atomic_write(path) as file:
-        images[0].save(file, format="GIF", save_all=True, append_images=images[1:], duration=80, loop=0)
+    write_film(path, result.images)
     return result.renderer
+
+
+def write_film(path: str | os.PathLike[str], frames: Sequence[Pixels], *, seconds: float = 0.08) -> None:
+    """Frames (H, W, 3) uint8 as a GIF, or as an MP4 that every browser plays, by the name's ending.
+
+    An MP4 needs imageio and ffmpeg, and gets even sides by repeating the last row or column. Raises ValueError for
+    another ending, ImportError naming the pip line.
+    """
+    suffix = os.path.splitext(os.fspath(path))[1].lower()
+    if suffix == ".gif":
+        images = [Image.fromarray(frame).quantize(128, dither=Image.Dither.NONE) for frame in frames]
+        with atomic_write(path) as file:
+            images[0].save(
+                file, format="GIF", save_all=True, append_images=images[1:], duration=round(1000 * seconds), loop=0
+            )
+        return
+    if suffix != ".mp4":
+        raise ValueError(f"{os.fspath(path)}: films are written as .gif or .mp4, not {suffix or 'without an ending'}")
+    try:
+        import imageio_ffmpeg
+    except ImportError as error:
+        raise ImportError('MP4 films need ffmpeg: pip install "vision3dgen[video]"; GIF needs nothing') from error
+    even = [np.pad(f, ((0, f.shape[0] % 2), (0, f.shape[1] % 2), (0, 0)), mode="edge") for f in frames]
+    with tempfile.TemporaryDirectory(prefix="vision3dgen-") as folder:
+        written = os.path.join(folder, "film.mp4")
+        size = (even[0].shape[1], even[0].shape[0])
+        writer = imageio_ffmpeg.write_frames(written, size, fps=1 / seconds, codec="libx264", macro_block_size=2)
+        writer.send(None)
+        for frame in even:
+            writer.send(np.ascontiguousarray(frame))
+        writer.close()
+        with atomic_write(path) as file, open(written, "rb") as film:
+            shutil.copyfileobj(film, file)
