@@ -111,12 +111,14 @@ def small(name):
         settings = {"widths": (8, 12, 16, 24, 28)}
     elif name in RESNETS and name not in ("resnet8", "resnet20", "resnet56", "preact_resnet20"):
         settings = {"widths": (8, 16, 24, 40)} | ({"groups": 2, "base_width": 32} if "x" in name else {})
-    elif name in {**FPNS, **HYBRIDS}:  # a residual network inside another
+    elif name in {**FPNS, **HYBRIDS} and name != "fpn":  # a residual network inside another
         thin = partial(BACKBONES[name].args[0], widths=(8, 16, 24, 40))
         torch.manual_seed(0)
         return BACKBONES[name].func(thin, **({"channels": 11} if name in FPNS else {"num_classes": 5}))
     if "num_classes" in inspect.signature(BACKBONES[name]).parameters and not name.startswith(("vgg", "alex")):
         settings["num_classes"] = 5
+    elif name == "fpn":
+        settings = {"trunk": resnet18(widths=(8, 16, 24, 40)), "channels": 11}
     torch.manual_seed(0)
     return BACKBONES[name](**settings)
 

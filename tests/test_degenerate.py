@@ -622,6 +622,39 @@ EXEMPT = {
     "simplify_mesh": "takes a mesh of a field: tests/test_refine.py",
     "FeatureLayout": "describes, computes nothing",
     "box3d_overlap": "takes boxes, which are checked: tests/test_boxes.py",
+    **dict.fromkeys(
+        (
+            "box_area",
+            "box_iou",
+            "clip_boxes_to_image",
+            "decode_boxes",
+            "encode_boxes",
+            "remove_small_boxes",
+            "nms",
+            "batched_nms",
+            "soft_nms",
+            "generalized_box_iou",
+            "masks_to_boxes",
+        ),
+        "takes boxes of pictures: tests/test_boxes2d.py",
+    ),
+    **dict.fromkeys(
+        ("roi_align", "roi_pool", "paste_masks", "paste_binary_masks"),
+        "takes pictures and boxes of them: tests/test_rois.py",
+    ),
+    **dict.fromkeys(
+        (
+            "Rle",
+            "encode_rle",
+            "decode_rle",
+            "rle_areas",
+            "rle_boxes",
+            "rle_iou",
+            "merge_rle",
+            "polygons_to_rle",
+        ),
+        "takes masks: tests/test_rle.py",
+    ),
 }
 
 # ---------------------------------------------------------------------------------------------------------- checks

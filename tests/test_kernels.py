@@ -18,6 +18,7 @@ from jaxtyping import install_import_hook
 from torch import Tensor
 
 from tests import naive
+from vision3dgen import ops
 from vision3dgen.losses import chamfer_distance
 from vision3dgen.ops import backends, knn_points, points, sample_farthest_points
 
@@ -267,6 +268,64 @@ def test_sample_farthest_points_on_kernels(interpreter):
     expected, expected_idx = sample_farthest_points(x, lengths, K)
     assert torch.equal(idx, expected_idx)
     assert torch.equal(chosen, expected)
+
+
+# -------------------------------------------------------------------------------------------- boxes and regions
+
+
+def on_region_kernels(function, *args, **kwargs):
+    """function(...) with every tensor going to the kernels of boxes and regions, and the names of those called."""
+    from vision3dgen.ops import kernels, rois, suppression
+
+    names = ("_suppress_kernel", "_scan_kernel", "_roi_kernel")
+    called, before = [], [getattr(kernels, name) for name in names]
+    rois.triton_runs_on = suppression.triton_runs_on = lambda device_type: True
+    for name, kernel in zip(names, before):
+        setattr(kernels, name, Spy(name, kernel, called))
+    try:
+        return function(*args, **kwargs), called
+    finally:
+        rois.triton_runs_on = suppression.triton_runs_on = backends.triton_runs_on
+        for name, kernel in zip(names, before):
+            setattr(kernels, name, kernel)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [1, 2, 67, 131])
+def test_suppression_on_kernels_equals_that_of_cpu(interpreter, n, dtype):
+    boxes = torch.cat([lattice(n, 2) * 3, lattice(n, 2) * 3 + lattice(n, 2, seed=1) * 4], dim=1).to(dtype)
+    scores, groups = cloud(n, seed=2), torch.arange(n) % 3
+    for threshold in (0.0, 0.25, 0.5):
+        got, called = interpreter(on_region_kernels, ops.nms, boxes, scores, threshold)
+        assert called == (["_suppress_kernel", "_scan_kernel"] if n > 1 else [])
+        assert torch.equal(got, ops.nms(boxes, scores, threshold))
+        got, _ = interpreter(on_region_kernels, ops.batched_nms, boxes, scores, groups, threshold)
+        assert torch.equal(got, ops.batched_nms(boxes, scores, groups, threshold))
+    assert interpreter(on_region_kernels, ops.nms, boxes[:0], scores[:0], 0.5)[0].tolist() == []
+
+
+def aligned_and_gradient(maps, regions, *args):
+    maps = maps.requires_grad_()
+    pooled = ops.roi_align(maps, regions, *args)
+    (pooled * torch.arange(pooled.numel()).view_as(pooled).to(pooled) / max(pooled.numel(), 1)).sum().backward()
+    return pooled.detach(), maps.grad
+
+
+@needs_triton
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("ratio", [2, -1])
+@pytest.mark.parametrize("channels, dtype", [(3, torch.float64), (131, torch.float32)])
+def test_regions_on_kernels_equal_those_of_cpu(interpreter, channels, dtype, ratio, aligned):
+    maps = cloud(2, channels, 5, 7, dtype=dtype)
+    regions = torch.tensor(
+        [[0, 1.3, 0.7, 9.0, 8.2], [1, -5.0, -4.0, 4.0, 3.0], [1, 6.0, 5.0, 2.0, 1.0], [0, 3, 3, 3, 3.0]]
+    )
+    for given in (regions, regions[:0]):
+        got, called = interpreter(on_region_kernels, aligned_and_gradient, maps, given, (2, 3), 0.5, ratio, aligned)
+        assert called == ["_roi_kernel"] * (2 if len(given) else 0)
+        for found, expected in zip(got, aligned_and_gradient(maps.clone(), given, (2, 3), 0.5, ratio, aligned)):
+            torch.testing.assert_close(found, expected)
 
 
 # ---------------------------------------------------------------------------------------- compiled, without a GPU

@@ -506,7 +506,7 @@ class Run:
         if isinstance(experiment.evaluation, GenerationEvaluator):
             classifier = Run.open(experiment.evaluation.extractor)
             about["extractor"] = classifier.weights()
-            predict = generated(model, extractor(classifier, device), device, experiment.seed)
+            predict: Callable[..., Any] = generated(model, extractor(classifier, device), device, experiment.seed)
         elif isinstance(experiment.evaluation, ShapeSetEvaluator):
             predict = generated_shapes(model, experiment.evaluation.points, device, experiment.seed)
         else:

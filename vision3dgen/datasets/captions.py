@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate
 
 from vision3dgen.checks import check_choice
 from vision3dgen.datasets.drawn import DrawnItems
-from vision3dgen.datasets.manifest import SPLITS, SplitManifest
+from vision3dgen.datasets.manifest import SPLITS, members_of
 from vision3dgen.datasets.scenes import DEPTH_UNITS, camera_of
 from vision3dgen.datasets.vocabulary import Vocabulary, padded
 from vision3dgen.files import read_jsonl, safe_join

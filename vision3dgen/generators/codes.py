@@ -6,7 +6,7 @@ section 3.1, latent GAN.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -36,7 +36,10 @@ PRIORS: dict[str, type[Autoregressive]] = {
 }
 
 
-def frozen(module: nn.Module) -> nn.Module:
+M = TypeVar("M", bound=nn.Module)
+
+
+def frozen(module: M) -> M:
     """The module itself, no parameter of which is trained from now on."""
     return module.requires_grad_(False).eval()
 

@@ -82,7 +82,7 @@ class ImageGPT(Autoregressive):
         super().__init__(image_shape, likelihood, classes)
         if layers < 1:
             raise ValueError(f"layers must be at least 1, got {layers}")
-        self.depth, self.levels = image_shape[0], levels
+        self.depth, self.levels, self.heads = image_shape[0], levels, heads
         self.length = image_shape[0] * image_shape[1] * image_shape[2]
         self.tokens = nn.Embedding(self.depth * levels, width)
         self.positions = nn.Parameter(torch.empty(self.length, width))
@@ -113,7 +113,7 @@ class ImageGPT(Autoregressive):
 
     def begin_row(self, batch: int, rows: Sequence[Any], cond: Int[Tensor, " B"] | None, cache: Cache) -> Pixels:
         state = self._state(batch, cache)
-        blocks = [block_step(block, cache) for block in self.blocks]
+        blocks = [block_step(block, cache) for block in self.blocks]  # type: ignore[arg-type]
         positions, norm, width = self.positions.unbind(), self.norm, (self.positions.shape[1],)
         start, last = self._start(cond, batch)[:, 0], self.tokens.weight
 
@@ -146,8 +146,8 @@ class ImageGPT(Autoregressive):
 
     def _state(self, batch: int, cache: Cache) -> _Read:
         def nothing_read() -> _Read:
-            heads, width = self.blocks[0].self_attn.heads, self.positions.shape[1]
-            memory = self.positions.new_zeros(2 * len(self.blocks), batch, heads, self.length, width // heads)
+            size = self.positions.shape[1] // self.heads
+            memory = self.positions.new_zeros(2 * len(self.blocks), batch, self.heads, self.length, size)
             past = [KeyValueCache(self.length) for _ in self.blocks]
             for each, keys, values in zip(past, memory[::2], memory[1::2]):
                 each.keys, each.values = keys, values

@@ -95,7 +95,7 @@ class Pixels(NamedTuple):
     step: Callable[
         [Tensor, int], Tensor
     ]  # what is known of a pixel (B, C), its column -> the likelihood's outputs (B, P)
-    observe: Callable[[Tensor, int], None]  # its values (B, C) once they are decided, its column
+    observe: Callable[[Tensor, int], object]  # its values (B, C) once they are decided, its column
 
 
 @dataclass

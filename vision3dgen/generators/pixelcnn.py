@@ -95,7 +95,7 @@ class PixelCNN(Autoregressive):
 
     def begin_row(self, batch: int, rows: Sequence[Any], cond: Int[Tensor, " B"] | None, cache: Cache) -> Pixels:
         first = self.first.begin(batch, cache, self.condition.row(cond))
-        blocks = [block.pixels(batch, cache) for block in self.blocks]
+        blocks = [block.pixels(batch, cache) for block in self.blocks]  # type: ignore[operator]
         head = self.head.pixels(batch, cache)
 
         def step(x: Tensor, column: int) -> Tensor:
@@ -234,9 +234,9 @@ class GatedPixelCNN(Autoregressive):
 
     def begin_row(self, batch: int, rows: Sequence[Any], cond: Int[Tensor, " B"] | None, cache: Cache) -> Pixels:
         skips = cache.state(self, lambda: self._skips(batch, cache))
-        first = self.horizontal_layers[0].gates.begin  # that of the layer that reads the image
+        first: Callable[..., Any] = self.horizontal_layers[0].gates.begin  # type: ignore[union-attr, assignment]
         layers = [
-            layer.pixels(link[:, :, 0], cond, cache, out)
+            layer.pixels(link[:, :, 0], cond, cache, out)  # type: ignore[operator]
             for layer, link, out in zip(self.horizontal_layers, rows, skips.inputs.split(self.channels, 1))
         ]
         slots, head = first(batch, cache).slots, self.head.pixels(batch, cache)
@@ -258,6 +258,6 @@ class GatedPixelCNN(Autoregressive):
         return torch.cat([torch.zeros_like(maps[:, :, :1]), maps[:, :, 1:]], 2) if first else maps
 
     def _skips(self, batch: int, cache: Cache) -> "_Skips":
-        taps = [layer.skip.begin(batch, cache) for layer in self.horizontal_layers]
+        taps = [layer.skip.begin(batch, cache) for layer in self.horizontal_layers]  # type: ignore[union-attr, operator]
         weight, bias = torch.cat([each.lower for each in taps]), torch.stack([each.bias for each in taps]).sum(0)
         return _Skips(weight.new_zeros(batch, len(weight)), weight, bias)

@@ -300,7 +300,8 @@ class PixelRNN(Autoregressive, ABC):
     def begin_row(self, batch: int, rows: Sequence[Any], cond: Int[Tensor, " B"] | None, cache: Cache) -> Pixels:
         first = self.first.begin(batch, cache, self.condition.row(cond))
         layers = [
-            (layer.pixels(batch, cache), expand.begin(batch, cache)) for layer, expand in zip(self.layers, self.expand)
+            (layer.pixels(batch, cache), expand.begin(batch, cache))  # type: ignore[operator]
+            for layer, expand in zip(self.layers, self.expand)
         ]
         head = self.head.pixels(batch, cache)
 

@@ -47,11 +47,12 @@ class MaskHead(RoIHead):
                 for inputs, outputs in itertools.pairwise(widths)
             )
         )
+        logits = nn.Conv2d(width, classes + 1, 1)  # one for background, never used
         self.mask_predictor = nn.Sequential(
             OrderedDict(
                 conv5_mask=nn.ConvTranspose2d(widths[-1], width, 2, stride=2),
                 relu=nn.ReLU(),
-                mask_fcn_logits=nn.Conv2d(width, classes + 1, 1),  # one for background, never used
+                mask_fcn_logits=logits,
             )
         )
         for module in self.modules():
@@ -59,7 +60,7 @@ class MaskHead(RoIHead):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 assert module.bias is not None
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.mask_predictor.mask_fcn_logits.weight, std=0.001)  # type: ignore[arg-type]
+        nn.init.normal_(logits.weight, std=0.001)
 
     def forward(self, maps: Sequence[Tensor], boxes: Sequence[Float[Tensor, "R 4"]]) -> Float[Tensor, "N K1 M M"]:
         """Logits for each class, background first."""

@@ -93,7 +93,8 @@ def of_objects(truths: Sequence[Truth], samples: Sequence[Samples], name: str) -
 
 def check_classes(heads: Mapping[str, nn.Module]) -> int:
     """The number of categories, which all heads that know one must agree on."""
-    known = {name: int(head.classes) for name, head in heads.items() if isinstance(getattr(head, "classes", None), int)}
+    counts = {name: getattr(head, "classes", None) for name, head in heads.items()}
+    known = {name: count for name, count in counts.items() if isinstance(count, int)}
     if len(set(known.values())) > 1:
         raise ValueError(f"the heads do not speak of as many categories: {known}")
     return next(iter(known.values()))

@@ -7,6 +7,8 @@ Sources: Long et al. 2015, FCN (arXiv:1411.4038); Ronneberger et al. 2015, U-Net
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -114,14 +116,13 @@ class PyramidHead(SemanticHead):
 
     def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> Float[Tensor, "B K H W"]:
         finest = features[0].shape[-2:]
-        total = 0.0
+        total: Any = 0
         for level, (steps, x) in enumerate(zip(self.steps, features)):
             for step in steps:  # type: ignore[attr-defined]
                 x = step(x)
                 if level:
                     x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
             total = total + x[..., : finest[0], : finest[1]]  # a coarser map may be a cell too large
-        assert isinstance(total, Tensor)
         return F.interpolate(self.last(total).float(), size=size, mode="bilinear", align_corners=False)
 
 

@@ -404,7 +404,7 @@ def _solid_angles(
     """Weighted sum over triangles of the solid angle seen from each point, in units of the full sphere."""
     pairs = max(1, min(budget // 320, _CHUNK // 4))  # 320 bytes: three corner vectors and what is made of them
     faces = max(1, min(len(corners), pairs))
-    tiny = torch.finfo(corners.dtype).tiny
+    tiny, eps = torch.finfo(corners.dtype).tiny, torch.finfo(corners.dtype).eps
     totals = []
     for some in points.split(pairs // faces):
         total = some.new_zeros(len(some))
@@ -414,7 +414,10 @@ def _solid_angles(
             # at a corner the smallest number keeps the root's gradient finite; anywhere else it is lost in rounding
             lengths = [(u * u + v * v + w * w + tiny).sqrt() for u, v, w in vectors]  # (n, f) each
             normal = torch.linalg.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
-            volume = sum(u * n for u, n in zip(vectors[0], normal.unbind(1)))
+            terms = [u * n for u, n in zip(vectors[0], normal.unbind(1))]
+            volume = sum(terms)
+            # seen edge-on, or from a point of the triangle: what rounding leaves must not choose a side
+            volume = torch.where(volume.abs() <= 8 * eps * sum(term.abs() for term in terms), 0, volume)
             around = lengths[0] * lengths[1] * lengths[2]
             for one, two, three in ((0, 1, 2), (1, 2, 0), (2, 0, 1)):
                 around = around + sum(u * v for u, v in zip(vectors[one], vectors[two])) * lengths[three]

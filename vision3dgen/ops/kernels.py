@@ -1,13 +1,13 @@
-"""Triton kernels for CUDA: nearest neighbors and farthest points, without a matrix of distances.
+"""Triton kernels for CUDA: nearest neighbors and farthest points without a matrix of distances, regions, suppression.
 
-Importing this module needs Triton; what calls it imports it only then. `nearest_indices` and `farthest_indices` are
-operators of their own to `torch.compile`. Clouds are read axis by axis, (B, D, N), so that neighboring lanes read
+Importing this module needs Triton; what calls it imports it only then. Each is an operator of its own to
+`torch.compile`. Clouds are read axis by axis, (B, D, N), so that neighboring lanes read
 neighboring numbers. Distances are computed and compared in the points' own type, float32 or float64.
 
 The block shapes below were chosen so that the compiler reports no spilled registers, not from timings.
 """
 
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import torch
 import triton
@@ -19,6 +19,10 @@ NEAREST_ROWS, NEAREST_WARPS = 64, 8  # half the rows for points of more than NEA
 NEAREST_BYTES = 32
 KNN_ROWS, KNN_WARPS = 16, 4  # lists of neighbors take registers too
 FARTHEST_BLOCK, FARTHEST_WARPS = 2048, 8
+SUPPRESS_TILE, SUPPRESS_WARPS = 32, 4
+SCAN_WARPS = 8
+NMS_BOXES = 2**13  # the most whose marks, a byte for each pair, are held
+ROI_CHANNELS, ROI_WARPS = 128, 4  # channels that one program pools
 NO_INDEX = tl.constexpr(2**31 - 1)
 
 # Kernels carry `no_type_check` because a checking wrapper, as tests put around every function, cannot be compiled.
@@ -180,6 +184,209 @@ def _farthest_kernel(points, lengths, start, nearest, idx, n, k, D: tl.constexpr
             tile = tl.where(farther, left, tile)
         current = tl.min(tl.where(best == tl.max(best, axis=0), tile + lane, NO_INDEX), axis=0)
         tl.debug_barrier()  # the next pass reads what this one wrote
+
+
+# ---------------------------------------------------------------------------------------------------- suppression
+
+
+@triton.jit(do_not_specialize=["n"])
+@no_type_check
+def _suppress_kernel(boxes, groups, marks, n, threshold, TILE: tl.constexpr):
+    """Marks (n, n): whether the box of a row, if it is kept, suppresses the later one of a column."""
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    a, b = _read_axes(boxes, row, row < n, n, 0.0, 4), _read_axes(boxes, column, column < n, n, 0.0, 4)
+    wide = tl.minimum(a[2][:, None], b[2][None, :]) - tl.maximum(a[0][:, None], b[0][None, :])
+    tall = tl.minimum(a[3][:, None], b[3][None, :]) - tl.maximum(a[1][:, None], b[1][None, :])
+    shared = tl.maximum(wide, 0.0) * tl.maximum(tall, 0.0)
+    area_a = tl.maximum(a[2] - a[0], 0.0) * tl.maximum(a[3] - a[1], 0.0)
+    area_b = tl.maximum(b[2] - b[0], 0.0) * tl.maximum(b[3] - b[1], 0.0)
+    union = area_a[:, None] + area_b[None, :] - shared
+    overlap = shared / tl.where(union > 0, union, 1.0)
+    own = tl.load(groups + row, mask=row < n, other=0)
+    other = tl.load(groups + column, mask=column < n, other=0)
+    over = (overlap > tl.load(threshold)) & (own[:, None] == other[None, :]) & (row[:, None] < column[None, :])
+    at = row.to(tl.int64)[:, None] * n + column[None, :]
+    tl.store(marks + at, over.to(tl.int8), mask=(row < n)[:, None] & (column < n)[None, :])
+
+
+@triton.jit(do_not_specialize=["n"])
+@no_type_check
+def _scan_kernel(marks, kept, n, BLOCK: tl.constexpr):
+    """One program goes down the boxes: one that nobody kept has marked is kept, and its marks count from then on."""
+    lane = tl.arange(0, BLOCK)
+    gone = tl.zeros((BLOCK,), tl.int32)
+    for row in range(n):
+        alive = tl.sum(tl.where(lane == row, gone, 0), axis=0) == 0
+        own = tl.load(marks + row * n + lane, mask=(lane < n) & alive, other=0)
+        gone = gone | own.to(tl.int32)
+    tl.store(kept + lane, (gone == 0).to(tl.int8), mask=lane < n)
+
+
+@torch.library.custom_op("vision3dgen::nms_mask", mutates_args=())
+def nms_mask(boxes: Tensor, groups: Tensor, threshold: float) -> Tensor:
+    """Which of boxes (N, 4), sorted by descending score, are kept (N,): those that none kept before overlaps more."""
+    n = len(boxes)
+    assert n <= NMS_BOXES, n
+    kept = torch.ones(n, dtype=torch.int8, device=boxes.device)
+    if n > 1:
+        marks = torch.empty(n, n, dtype=torch.int8, device=boxes.device)
+        tiles = triton.cdiv(n, SUPPRESS_TILE)
+        limit = boxes.new_tensor([threshold])  # in the boxes' own type, which a Python number would not have
+        with torch.cuda.device_of(boxes):
+            _suppress_kernel[(tiles, tiles)](
+                boxes.mT.contiguous(), groups, marks, n, limit, TILE=SUPPRESS_TILE, num_warps=SUPPRESS_WARPS,
+                enable_fp_fusion=False,
+            )  # fmt: skip
+            _scan_kernel[(1,)](marks, kept, n, BLOCK=triton.next_power_of_2(n), num_warps=SCAN_WARPS)
+    return kept.bool()
+
+
+@nms_mask.register_fake
+def _nms_mask_like(boxes: Tensor, groups: Tensor, threshold: float) -> Tensor:
+    return boxes.new_empty(len(boxes), dtype=torch.bool)
+
+
+# -------------------------------------------------------------------------------------------------------- regions
+
+
+@triton.jit
+@no_type_check
+def _roi_kernel(
+    rows,
+    numbers,
+    low,
+    bins,
+    samples,
+    pooled,
+    height,
+    width,
+    channels,
+    BINS_H: tl.constexpr,
+    BINS_W: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):
+    """One bin of one region, for BLOCK channels: the mean of its samples, or its gradient given to what they read."""
+    bin_number = tl.program_id(0).to(tl.int64)
+    region = bin_number // (BINS_H * BINS_W)
+    down, across = (bin_number // BINS_W) % BINS_H, bin_number % BINS_W
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    present = channel < channels
+    left, top = tl.load(low + region * 2), tl.load(low + region * 2 + 1)
+    wide, tall = tl.load(bins + region * 2), tl.load(bins + region * 2 + 1)
+    many_x, many_y = tl.load(samples + region * 2), tl.load(samples + region * 2 + 1)
+    image = rows + tl.load(numbers + region) * height * width * channels
+    place = pooled + bin_number * channels + channel
+    share = 1.0 / tl.maximum(many_x * many_y, 1).to(left.dtype)
+    total = tl.zeros((BLOCK,), left.dtype)
+    if BACKWARD:
+        total = tl.load(place, mask=present, other=0.0) * share
+    for i in range(many_y):
+        y = top + down * tall + (i + 0.5) * (tall / many_y)
+        inside_y = (y >= -1) & (y <= height)
+        y = tl.minimum(tl.maximum(y, 0.0), height - 1.0)
+        y0 = tl.minimum(tl.floor(y).to(tl.int64), tl.maximum(height - 2, 0))
+        part_y = y - y0.to(left.dtype)
+        y1 = tl.minimum(y0 + 1, height - 1)
+        for j in range(many_x):
+            x = left + across * wide + (j + 0.5) * (wide / many_x)
+            inside = inside_y & (x >= -1) & (x <= width)
+            x = tl.minimum(tl.maximum(x, 0.0), width - 1.0)
+            x0 = tl.minimum(tl.floor(x).to(tl.int64), tl.maximum(width - 2, 0))
+            part_x = x - x0.to(left.dtype)
+            x1 = tl.minimum(x0 + 1, width - 1)
+            mask = channel < tl.where(inside, channels, 0)
+            a, b = image + (y0 * width + x0) * channels + channel, image + (y0 * width + x1) * channels + channel
+            c, d = image + (y1 * width + x0) * channels + channel, image + (y1 * width + x1) * channels + channel
+            if BACKWARD:
+                tl.atomic_add(a, total * ((1 - part_y) * (1 - part_x)), mask=mask)
+                tl.atomic_add(b, total * ((1 - part_y) * part_x), mask=mask)
+                tl.atomic_add(c, total * (part_y * (1 - part_x)), mask=mask)
+                tl.atomic_add(d, total * (part_y * part_x), mask=mask)
+            else:
+                total += (1 - part_y) * (1 - part_x) * tl.load(a, mask=mask, other=0.0)
+                total += (1 - part_y) * part_x * tl.load(b, mask=mask, other=0.0)
+                total += part_y * (1 - part_x) * tl.load(c, mask=mask, other=0.0)
+                total += part_y * part_x * tl.load(d, mask=mask, other=0.0)
+    if not BACKWARD:
+        tl.store(place, total * share, mask=present)
+
+
+def roi_align(
+    maps: Tensor, numbers: Tensor, low: Tensor, bins: Tensor, samples: Tensor, height: int, width: int
+) -> Tensor:
+    """Regions (R, C, height, width) of maps (B, C, H, W).
+
+    numbers (R,) of their images; low, bins (R, 2) first corners and sizes of a bin, x before y, in pixels whose centers
+    are whole numbers; samples (R, 2) in a bin.
+    """
+    rows = maps.permute(0, 2, 3, 1).contiguous()  # (B, H, W, C)
+    pooled = _roi_rows(rows, numbers, low.contiguous(), bins.contiguous(), samples.contiguous(), height, width)
+    return pooled.permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op("vision3dgen::roi_rows", mutates_args=())
+def _roi_rows(
+    rows: Tensor, numbers: Tensor, low: Tensor, bins: Tensor, samples: Tensor, height: int, width: int
+) -> Tensor:
+    pooled = rows.new_empty(len(numbers), height, width, rows.shape[3])
+    _launch_roi(rows, numbers, low, bins, samples, pooled, backward=False)
+    return pooled
+
+
+@_roi_rows.register_fake
+def _roi_rows_like(
+    rows: Tensor, numbers: Tensor, low: Tensor, bins: Tensor, samples: Tensor, height: int, width: int
+) -> Tensor:
+    return rows.new_empty(numbers.shape[0], height, width, rows.shape[3])
+
+
+@torch.library.custom_op("vision3dgen::roi_rows_grad", mutates_args=())
+def _roi_rows_grad(
+    grad: Tensor, numbers: Tensor, low: Tensor, bins: Tensor, samples: Tensor, shape: list[int]
+) -> Tensor:
+    rows = grad.new_zeros(shape)
+    _launch_roi(rows, numbers, low, bins, samples, grad.contiguous(), backward=True)
+    return rows
+
+
+@_roi_rows_grad.register_fake
+def _roi_rows_grad_like(
+    grad: Tensor, numbers: Tensor, low: Tensor, bins: Tensor, samples: Tensor, shape: list[int]
+) -> Tensor:
+    return grad.new_empty(shape)
+
+
+def _launch_roi(
+    rows: Tensor, numbers: Tensor, low: Tensor, bins: Tensor, samples: Tensor, pooled: Tensor, *, backward: bool
+) -> None:
+    if not pooled.numel() or not rows.numel():
+        pooled.zero_()
+        return
+    count, bins_h, bins_w, channels = pooled.shape
+    block = min(ROI_CHANNELS, triton.next_power_of_2(channels))
+    with torch.cuda.device_of(rows):
+        _roi_kernel[(count * bins_h * bins_w, triton.cdiv(channels, block))](
+            rows, numbers, low, bins, samples, pooled, rows.shape[1], rows.shape[2], channels, BINS_H=bins_h,
+            BINS_W=bins_w, BLOCK=block, BACKWARD=backward, num_warps=ROI_WARPS,
+        )  # fmt: skip
+
+
+def _keep_regions(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, numbers, low, bins, samples, _, _ = inputs
+    ctx.save_for_backward(numbers, low, bins, samples)
+    ctx.shape = list(rows.shape)
+
+
+def _roi_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _roi_rows_grad(grad, *ctx.saved_tensors, ctx.shape), None, None, None, None, None, None
+
+
+_roi_rows.register_autograd(_roi_backward, setup_context=_keep_regions)
+
+
+# ------------------------------------------------------------------------------------------------ nearest, farthest
 
 
 @torch.library.custom_op("vision3dgen::nearest_indices", mutates_args=())

@@ -61,7 +61,6 @@ def _pair(size: int | Sequence[int]) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------------------- RoIAlign
 
 
-@full_precision
 def roi_align(
     input: Float[Tensor, "B C H W"],
     boxes: Regions,
@@ -77,13 +76,29 @@ def roi_align(
     boxes: as `Regions` says, in pixels of the image; `spatial_scale` times that are pixels of the map. sampling_ratio:
     samples along each side of a bin, -1 for one a pixel, rounded up. aligned: pixel centers are at half-integers, as
     everywhere here; without, as first published, they are at integers and a region is at least 1 wide.
-    Source: He et al. 2017 (arXiv:1703.06870), section 3.
+    Computed in float32 or better, in the type of the map. Source: He et al. 2017 (arXiv:1703.06870), section 3.
     """
+    pooled = _roi_align(input, boxes, output_size, spatial_scale, sampling_ratio, aligned, backend)
+    return pooled.to(input.dtype)
+
+
+@full_precision
+def _roi_align(
+    input: Tensor,
+    boxes: Regions,
+    output_size: int | Sequence[int],
+    spatial_scale: float,
+    sampling_ratio: int,
+    aligned: bool,
+    backend: str | None,
+) -> Tensor:
     regions = _checked(input, boxes)
     height, width = _pair(output_size)
     if resolve_backend(backend, offered=OFFERED) == "torchvision":
         vision = import_backend("torchvision", "torchvision.ops")
         return vision.roi_align(input, regions, (height, width), spatial_scale, sampling_ratio, aligned)
+    if not len(regions):
+        return _no_region(input, height, width)
     low = regions[:, 1:3] * spatial_scale - (0.5 if aligned else 0.0)  # x, y
     high = regions[:, 3:5] * spatial_scale - (0.5 if aligned else 0.0)
     size = high - low if aligned else (high - low).clamp(min=1)
@@ -108,6 +123,11 @@ def roi_align(
         bags = _weighted_bags(rows, pixels, weights).unflatten(0, (len(members), -1))
         pooled = bags if len(members) == len(regions) else pooled.index_copy(0, members, bags)
     return pooled.mT.unflatten(2, (height, width))
+
+
+def _no_region(maps: Float[Tensor, "B C H W"], height: int, width: int) -> Float[Tensor, "0 C H2 W2"]:
+    """Nothing, in the graph of the maps."""
+    return maps[:0, :, :1, :1].expand(-1, -1, height, width)
 
 
 def _as_rows(maps: Float[Tensor, "B C H W"]) -> Float[Tensor, "N C"]:
@@ -168,7 +188,7 @@ class _WeightedBags(torch.autograd.Function):
         return F.embedding_bag(pixels, rows, mode="sum", per_sample_weights=weights)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         pixels, weights = ctx.saved_tensors
         read, order = pixels.flatten().sort()
         starts = torch.searchsorted(read, torch.arange(ctx.size, device=read.device))
@@ -180,13 +200,12 @@ class _WeightedBags(torch.autograd.Function):
 def _weighted_bags(rows: Tensor, pixels: Tensor, weights: Tensor) -> Float[Tensor, "Q C"]:
     if not len(pixels) or not len(rows):
         return rows.new_zeros(len(pixels), rows.shape[1]) + 0 * rows.sum()
-    return _WeightedBags.apply(rows, pixels, weights.to(rows.dtype))  # type: ignore[no-untyped-call]
+    return _WeightedBags.apply(rows, pixels, weights.to(rows.dtype))
 
 
 # -------------------------------------------------------------------------------------------------------- RoIPool
 
 
-@full_precision
 def roi_pool(
     input: Float[Tensor, "B C H W"],
     boxes: Regions,
@@ -198,16 +217,24 @@ def roi_pool(
     """Maxima over the bins of each region, whose borders are whole pixels: (R, C, *output_size).
 
     Both corner pixels, rounded, belong to the region; bins overlap where they do not divide it. A bin outside the map
-    is 0. Source: Girshick 2015 (arXiv:1504.08083), section 2.1.
+    is 0. Computed in float32 or better, in the type of the map.
+    Source: Girshick 2015 (arXiv:1504.08083), section 2.1.
     """
+    return _roi_pool(input, boxes, output_size, spatial_scale, backend).to(input.dtype)
+
+
+@full_precision
+def _roi_pool(
+    input: Tensor, boxes: Regions, output_size: int | Sequence[int], spatial_scale: float, backend: str | None
+) -> Tensor:
     regions = _checked(input, boxes)
     height, width = _pair(output_size)
     if resolve_backend(backend, offered=OFFERED) == "torchvision":
         vision = import_backend("torchvision", "torchvision.ops")
         return vision.roi_pool(input, regions, (height, width), spatial_scale)
-    rows = _as_rows(input)
     if not len(regions):
-        return rows.new_zeros(0, rows.shape[1], height, width) + 0 * rows.sum()
+        return _no_region(input, height, width)
+    rows = _as_rows(input)
     corners = (regions[:, 1:] * spatial_scale).double()
     corners = (corners.abs() + 0.5).floor().long() * corners.sign().long()  # halves away from 0, as C rounds
     (y0, y1), (x0, x1) = (

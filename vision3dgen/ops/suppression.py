@@ -63,7 +63,8 @@ def _kept(boxes: Float[Tensor, "N 4"], groups: Int[Tensor, " N"], threshold: flo
     if triton_runs_on(boxes.device.type):
         from vision3dgen.ops import kernels
 
-        return kernels.nms_mask(boxes, groups, threshold).nonzero()[:, 0]
+        if len(boxes) <= kernels.NMS_BOXES:
+            return kernels.nms_mask(boxes, groups, threshold).nonzero()[:, 0]
     by_group = groups.argsort(stable=True)
     sizes = groups[by_group].unique_consecutive(return_counts=True)[1].tolist()
     kept = [rows[_kept_of_group(boxes[rows], threshold)] for rows in by_group.split(sizes)] if sizes else [by_group]
