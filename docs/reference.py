@@ -17,6 +17,7 @@ MODULES = (
     "checks",
     "files",
     "parallel",
+    "cluster",
 )
 PACKAGES = (
     "structures", "io", "ops", "losses", "layers", "backbones", "heads", "models", "generators", "datasets", "metrics",

@@ -237,7 +237,7 @@ def test_a_decoder_that_cannot_be_is_named():
         SkipDecoder([3, 5], [4, 6])
     with pytest.raises(ValueError, match="one each for every map"):
         SkipDecoder([3, 5], [4])
-    with pytest.raises(ValueError, match="needs the indices of a pooling"):
+    with pytest.raises(ValueError, match="needs a map at every scale"):
         SkipDecoder([3, 5], [4, 8], name="max_unpooling")
     with pytest.raises(ValueError, match="unknown upsampling 'bilinaer'"):
         SkipDecoder([3, 5], [4, 8], name="bilinaer")

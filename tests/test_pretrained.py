@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vision3dgen import cli, engine
-from vision3dgen.config import Config, ConfigError, load, merge
+from vision3dgen.config import Config, ConfigError, load, variants
 from vision3dgen.experiment import Run
 from vision3dgen.pretrained import from_pretrained, open_pretrained, push_to_hub, save_pretrained
 
@@ -32,8 +32,7 @@ def untrained(folder: Path, config: Config) -> Run:
 
 def each_run(path: Path) -> list[Config]:
     config = load(path, preset="tiny")
-    shared = Config({k: v for k, v in config.items() if k != "runs"}, config.source, config.sources)
-    return [merge(shared, own) for own in config.get("runs", {"": Config({}, "", {})}).values()]
+    return list(variants(config).values()) if "runs" in config else [config]
 
 
 @pytest.mark.slow

@@ -551,7 +551,7 @@ def test_keys_walk_through_samples_heads_and_colors() -> None:
     assert (walk.title.split(), walk.meshes()) == (["one", "a", "|", "truth"], [0, 2])
     walk.press("E")
     assert walk.meshes() == [1, 2]
-    assert "distance to truth" in walk.title
+    assert "distance to the truth" in walk.title
     walk.press("H")
     assert walk.meshes() == [None, 2]
     assert "b (empty)" in walk.title

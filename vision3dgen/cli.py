@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         "vision3dgen pack data/p data/p.store --image-size 64",
     )  # fmt: skip
     pack.add_argument("source_folder", type=Path, metavar="IN")
-    pack.add_argument("out", type=Path, metavar="OUT")
+    pack.add_argument("out", type=Path, metavar="OUT", help="folder of the store")
     pack.add_argument("--layout", help="of IN (default: what it looks like)")
     pack.add_argument("--fields", nargs="+", help="which to keep (default: all that the first model has)")
     pack.add_argument(
@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         "vision3dgen unpack data/p.store data/onet --layout onet",
     )  # fmt: skip
     unpack.add_argument("source_folder", type=Path, metavar="IN")
-    unpack.add_argument("out", type=Path, metavar="OUT")
+    unpack.add_argument("out", type=Path, metavar="OUT", help="folder of the other layout")
     unpack.add_argument("--layout", required=True, help="of OUT: shapenet, onet, deepsdf, meshrcnn, ...")
 
     view = _command(commands, "view", _view, "look at the shapes of a run", "vision3dgen view runs/x --items 4")

@@ -230,7 +230,7 @@ def _window(folder: Path) -> None:
     for mesh in meshes:
         mesh.compute_triangle_normals()  # without them the window draws no light
     viewer = open3d.visualization.VisualizerWithKeyCallback()
-    title = "n, p: next, previous sample    h: next head    e: distance to truth    q: close"
+    title = "n, p: next, previous sample    h: next head    e: distance to the truth    q: close"
     if not viewer.create_window(title, 1280, 720):
         sys.exit("no window could be opened")
     viewer.get_render_option().mesh_show_back_face = True

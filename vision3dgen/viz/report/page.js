@@ -117,7 +117,7 @@
   const traces = (shape, color, byError, largest) => {
     if (!shape) return [];
     const { axes: [x, y, z], faces, error, colors } = decode(shape);
-    const bar = { title: { text: "distance to truth", side: "right", font: { size: 11 } }, thickness: 10, len: 0.8, x: 1 };
+    const bar = { title: { text: "distance to the truth", side: "right", font: { size: 11 } }, thickness: 10, len: 0.8, x: 1 };
     const scale = { colorscale: "Cividis", cmin: 0, cmax: largest };
     if (faces) {
       const [i, j, k] = faces;

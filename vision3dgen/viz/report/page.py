@@ -382,7 +382,7 @@ def _shapes(records: Sequence[Record], samples: Sequence[Sample], drawn: Sequenc
     viewer = f"""<div id='viewer' tabindex='0'><div class='controls'>
 <label>item<select id='sample'>{options}</select></label><label>run<select id='head'></select></label>
 <label>color<select id='color'><option value='plain'>plain</option>
-<option value='error'>distance to truth</option></select></label>
+<option value='error'>distance to the truth</option></select></label>
 <button type='button' id='previous'>previous</button><button type='button' id='next'>next</button>
 <span class='pale'>keys here: n, p item, h run, e color</span></div>
 <div class='scenes'><div class='scene'><h3 id='left-title'></h3><div class='view' id='left'></div></div>
