@@ -480,7 +480,8 @@ def test_two_pictures_are_learned_by_class(name):
     pictures[1] = 1 - pictures[0]
     own = {"pixelcnnpp": {"dropout": 0.0, "scales": 2}, "pixelsnail": {"dropout": 0.0}}
     model = GENERATORS[name]((1, 3, 4), 2, classes=2, **SMALL[name], **own.get(name, {}))
-    optimizer = torch.optim.Adam(model.parameters(), 2e-2)
+    # layers that two pictures have standardized take smaller steps
+    optimizer = torch.optim.Adam(model.parameters(), 5e-3 if name == "pixelsnail" else 2e-2)
     batch = {"image": pictures, "label": torch.tensor([0, 1])}
     first = float(model.loss(batch)["nats"])
     for _ in range(110):

@@ -109,7 +109,7 @@ def completed(*words: str) -> list[str]:
 def test_bash_completes_commands_and_options():
     assert set(completed("vision3dgen", "")) == {words[0] for words in COMMANDS}
     assert completed("vision3dgen", "rep") == ["report"]
-    assert completed("vision3dgen", "prepare", "") == ["procedural", "meshes", "scenes", "shapenet"]
+    assert completed("vision3dgen", "prepare", "") == ["procedural", "meshes", "shapenet", "scenes"]
     assert completed("vision3dgen", "prepare", "scenes", "data", "--s") == ["--scenes", "--sentences", "--seed"]
     assert completed("vision3dgen", "report", "runs/x", "--out", "report", "--it") == ["--items"]
     assert completed("vision3dgen", "train", "configs/") == []  # file names are the shell's to complete
