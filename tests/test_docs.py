@@ -5,6 +5,7 @@ import importlib
 import inspect
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from vision3dgen import cli
+from vision3dgen.datasets import prepare_procedural
+from vision3dgen.io import save_mesh
+from vision3dgen.ops import ico_sphere
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -42,16 +48,47 @@ def test_the_readme_example_runs(tmp_path):
     assert loss > 0
 
 
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """The folder that pages are run in: the configurations, data as docs/data.md makes them, and meshes of one's own."""
+    folder = tmp_path_factory.mktemp("workplace")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "scans").mkdir()
+    save_mesh(folder / "scans" / "ball.obj", ico_sphere(2))
+    categories = ["chair", "table"]
+    prepare_procedural(folder / "data/p", shapes_per_category=5, categories=categories, views=2, points=4000, seed=0)
+    return folder
+
+
+HERE = [page for page in PAGES if python_blocks(page) and page.stem not in ELSEWHERE]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["migrating", "report", "sharing", "viewing"])
-def test_the_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", HERE, ids=lambda page: page.stem)
+def test_the_python_of_a_page_runs_from_top_to_bottom(page, workplace, monkeypatch):
     for variable in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr("vision3dgen.viz.scene._broken", "pages are tested with the built-in renderer")
-    monkeypatch.chdir(tmp_path)
-    scope = {"__name__": page}
-    for number, block in enumerate(python_blocks(ROOT / "docs" / f"{page}.md")):
-        exec(compile(block, f"{page}.md, block {number}", "exec"), scope)
+    monkeypatch.chdir(workplace)
+    scope = {"__name__": page.stem}
+    for number, block in enumerate(python_blocks(page)):
+        exec(compile(block, f"{page.name}, block {number}", "exec"), scope)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+def test_every_command_of_a_page_is_one(page):
+    """What a page types at a prompt parses, and the configurations it names are there."""
+    blocks = re.findall(r"^```(.*)\n((?:(?!```).*\n)*)```", page.read_text(), re.MULTILINE)
+    lines = "".join(block for language, block in blocks if language in ("", "sh"))
+    for line in re.sub(r"\\\n\s*", " ", lines).splitlines():
+        if not line.startswith("vision3dgen ") or "..." in line:
+            continue
+        words = shlex.split(line.split(" > ")[0].replace("$D", ""), comments=True)
+        options, rest = cli._parser().parse_known_args(words[1:])
+        assert callable(options.run), line
+        assert all("=" in word for word in rest), line
+        for word in words:
+            assert not word.startswith("configs/") or (ROOT / word).is_file(), line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
