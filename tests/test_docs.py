@@ -50,7 +50,7 @@ def test_the_readme_example_runs(tmp_path):
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """The folder that pages are run in: the configurations, data as docs/data.md makes them, and meshes of one's own."""
+    """The folder that pages are run in: the configurations, data as docs/data.md makes it, some meshes."""
     folder = tmp_path_factory.mktemp("workplace")
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "scans").mkdir()
