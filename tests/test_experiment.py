@@ -158,6 +158,21 @@ def test_help_needs_no_torch():
     assert done.stdout.strip() == "False"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("watching", [[], ["--detect-anomaly", "--deterministic"]])
+def test_a_step_that_fails_is_kept_and_done_again(folder, tmp_path, capsys, watching):
+    config, run = str(folder / "config.yaml"), tmp_path / "run"
+    assert cli.main(["train", config, "--out", str(run), "trainer.optimizer.lr=1e30", *watching]) == 1
+    said = capsys.readouterr().err
+    assert "step 2: " in said
+    assert "the output of 'head." in said
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert cli.main(["doctor", str(run / "faults" / "step_00000002"), "--device", "cpu"]) == 1
+    told = capsys.readouterr().out
+    assert "the first that is not finite: the output of 'head." in told
+    assert "1 of 1: 0" in told  # the items of the batch
+
+
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
 

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from vision3dgen import __version__
 
 # Modules are imported in the functions: `vision3dgen --help` must not wait for torch.
 
-EXIT_CODES = """exit codes: 0 done; 1 some items were rejected or failed, or doctor found faults (they are listed);
-2 bad arguments, configuration or input; 128 + N stopped by signal N after saving a checkpoint"""
+EXIT_CODES = """exit codes: 0 done; 1 some items were rejected or failed, doctor found faults (they are listed), or
+training met a number that is not finite; 2 bad arguments, configuration or input; 128 + N stopped by signal N
+after saving a checkpoint"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,9 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides = [*options.overrides, *rest]
     try:
         return options.run(options)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"vision3dgen {options.command}: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, FloatingPointError) else 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -41,6 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     _configured(train)
     train.add_argument("--out", type=Path, required=True, help="run folder")
     train.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint, if any")
+    train.add_argument("--deterministic", action="store_true", help="refuse operations that differ from run to run")
+    train.add_argument("--detect-anomaly", action="store_true", help="check every output and gradient, at a cost")
 
     evaluate = _command(
         commands, "evaluate", _evaluate, "score a trained run", "vision3dgen evaluate runs/x --protocol onet"
@@ -159,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     _device(sample)
 
     doctor = _command(
-        commands, "doctor", _doctor, "check the machine, a data folder, or an experiment before it runs",
+        commands, "doctor", _doctor, "check the machine, a data folder, an experiment, or a step that failed",
         "vision3dgen doctor configs/X.yaml --preset tiny --out runs/doctor",
     )  # fmt: skip
     doctor.add_argument(
@@ -167,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         nargs="?",
         metavar="CONFIG_OR_FOLDER",
-        help="YAML file or data folder (default: the machine)",
+        help="YAML file, data folder, or RUN/faults/step_N (default: the machine)",
     )
     _overridden(doctor)
     doctor.add_argument(
@@ -257,11 +261,13 @@ def _chosen(device: str | None) -> str:
 
 def _train(options: argparse.Namespace) -> int:
     from vision3dgen.config import load
+    from vision3dgen.engine import deterministic
     from vision3dgen.experiment import Run
 
     run = Run.create(options.out, load(options.config, options.overrides, preset=options.preset))
     run.experiment.prepare_data()
-    result = run.train(resume=options.resume)
+    with deterministic() if options.deterministic else nullcontext():
+        result = run.train(resume=options.resume, detect_anomaly=options.detect_anomaly)
     print(f"trained {result.step} steps; weights in {result.checkpoint}")
     return 0
 
@@ -427,6 +433,8 @@ def _doctor(options: argparse.Namespace) -> int:
 
     if options.subject is None:
         findings = doctor.examine_environment()
+    elif doctor.is_fault(options.subject):
+        findings = doctor.examine_fault(options.subject, str(_chosen(options.device)))
     elif options.subject.is_dir():
         findings = doctor.examine_folder(options.subject)
     else:

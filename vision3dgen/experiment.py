@@ -18,6 +18,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, get_origin
@@ -297,11 +298,15 @@ class Run:
         return Run(Path(folder), construct(Experiment, load(path)))
 
     def train(
-        self, *, resume: bool = False, report: Callable[[Mapping[str, float]], None] | None = None
+        self,
+        *,
+        resume: bool = False,
+        report: Callable[[Mapping[str, float]], None] | None = None,
+        detect_anomaly: bool = False,
     ) -> engine.Result:
         """Train to the end; `resume` continues from the newest whole checkpoint, if there is one.
 
-        `report` is as in `Trainer.fit`.
+        `report` is as in `Trainer.fit`. detect_anomaly: every output and gradient is checked (`engine.watched`).
         """
         if not resume and engine.latest(self.folder) is not None:
             raise ConfigError(f"{self.folder} holds a trained run already: resume it, or choose another folder")
@@ -322,7 +327,10 @@ class Run:
                 weights.load(model, name)
         given: dict[str, Any] = dict(zip(GIVEN_TO_TRAINER, (model, data, self.folder, experiment.seed)))
         trainer = construct(Trainer, experiment.trainer, where="trainer", **given)
-        return trainer.fit(self._validation() if trainer.validation else None, resume=resume, report=report)
+        if detect_anomaly and trainer.update.precision == "fp16":
+            raise ConfigError("fp16 overflows now and then, by design: detect anomalies in fp32 or bf16")
+        with engine.watched(model) if detect_anomaly else nullcontext():
+            return trainer.fit(self._validation() if trainer.validation else None, resume=resume, report=report)
 
     def _validation(self) -> Callable[[nn.Module], dict[str, float]]:
         """Means over the val split of what a model measures about itself; processes divide the batches."""

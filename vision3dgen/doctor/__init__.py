@@ -2,6 +2,8 @@
 
 from vision3dgen.doctor.environment import ENVIRONMENT_CHECKS as ENVIRONMENT_CHECKS
 from vision3dgen.doctor.environment import examine_environment as examine_environment
+from vision3dgen.doctor.fault import examine_fault as examine_fault
+from vision3dgen.doctor.fault import is_fault as is_fault
 from vision3dgen.doctor.finding import Finding as Finding
 from vision3dgen.doctor.finding import is_sound as is_sound
 from vision3dgen.doctor.finding import print_findings as print_findings

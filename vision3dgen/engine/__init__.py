@@ -18,6 +18,11 @@ from vision3dgen.engine.diagnose import range_test as range_test
 from vision3dgen.engine.diagnose import restored as restored
 from vision3dgen.engine.diagnose import step_rate as step_rate
 from vision3dgen.engine.ensemble import Ensemble as Ensemble
+from vision3dgen.engine.faults import Fault as Fault
+from vision3dgen.engine.faults import finite_outputs as finite_outputs
+from vision3dgen.engine.faults import load_fault as load_fault
+from vision3dgen.engine.faults import replay as replay
+from vision3dgen.engine.faults import watched as watched
 from vision3dgen.engine.gradients import GradientCheck as GradientCheck
 from vision3dgen.engine.gradients import check_gradients as check_gradients
 from vision3dgen.engine.loading import Data as Data
@@ -50,6 +55,7 @@ from vision3dgen.engine.search import Uniform as Uniform
 from vision3dgen.engine.search import distribution as distribution
 from vision3dgen.engine.search import grid_trials as grid_trials
 from vision3dgen.engine.search import random_trials as random_trials
+from vision3dgen.engine.seeding import deterministic as deterministic
 from vision3dgen.engine.seeding import seed_all as seed_all
 from vision3dgen.engine.settings import Averaging as Averaging
 from vision3dgen.engine.settings import Penalty as Penalty

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vision3dgen.engine import checkpoint
+from vision3dgen.engine.faults import Fault, drawn_from, first_fault, save_fault
 from vision3dgen.engine.interrupt import Interrupt
 from vision3dgen.engine.loading import Data, ShuffleSampler, make_loader, to_device
 from vision3dgen.engine.log import Log, Mean
@@ -209,8 +210,16 @@ class Trainer:
         values: dict[str, Tensor] = {}
         for part in self.parts:
             with self._only(part):
-                losses = self._gradients(part, batches)
-                losses["grad_norm"] = self._apply(part, losses)
+                before = drawn_from()
+                try:
+                    losses = self._gradients(part, batches)
+                    losses["grad_norm"] = self._apply(part, losses)
+                except FloatingPointError as error:
+                    raise self._kept(part, batches, before, str(error)) from None
+                except RuntimeError as error:
+                    if not torch.is_anomaly_enabled() or "returned nan values" not in str(error):
+                        raise
+                    raise self._kept(part, batches, before, str(error)) from None
             prefix = f"{part}/" if len(self.parts) > 1 else ""
             values |= {prefix + name: value for name, value in losses.items()}
         if self.ema:
@@ -271,19 +280,35 @@ class Trainer:
 
     def _explain(self, part: str, losses: dict[str, Tensor]) -> None:
         """Raise FloatingPointError naming the first loss, else the first gradient, that is not finite."""
-        where = f"step {self.step + 1}, part {part!r}" if len(self.parts) > 1 else f"step {self.step + 1}"
         kept = f"the update was not made; checkpoints in {self.run_dir} are untouched"
         for name in sorted(losses, key="loss".__eq__):  # the terms before their sum
             if not torch.isfinite(losses[name]):
-                raise FloatingPointError(f"{where}: loss {name!r} is {losses[name].item()}; {kept}")
+                raise FloatingPointError(f"loss {name!r} is {losses[name].item()}; {kept}")
         if self.scaler.is_enabled() and self.scaler.get_scale() >= 1:
             return  # fp16 overflows now and then: the scaler skips this update and lowers its scale
         for name, parameter in self.trained[part].items():
             if parameter.grad is not None and not torch.isfinite(local(parameter.grad)).all():
-                raise FloatingPointError(f"{where}: the gradient of {name!r} is not finite; {kept}")
+                raise FloatingPointError(f"the gradient of {name!r} is not finite; {kept}")
         if self.whole is not None:
-            raise FloatingPointError(f"{where}: a gradient kept by another process is not finite; {kept}")
-        raise FloatingPointError(f"{where}: the norm of the gradient overflows, its elements are finite; {kept}")
+            raise FloatingPointError(f"a gradient kept by another process is not finite; {kept}")
+        raise FloatingPointError(f"the norm of the gradient overflows, its elements are finite; {kept}")
+
+    def _kept(self, part: str, batches: Sequence[Any], rng: dict[str, Tensor], error: str) -> FloatingPointError:
+        """The error to raise, once the step is written down: with the step and the first number that is not finite."""
+        where = f"step {self.step + 1}, part {part!r}" if len(self.parts) > 1 else f"step {self.step + 1}"
+        if self.whole is not None:  # no process has the whole model, nor could do the step alone
+            return FloatingPointError(f"{where}: {error}")
+        batches = [to_device(batch, torch.device("cpu")) for batch in batches]
+        fault = Fault(self.step + 1, part, error, self.update.precision, batches, rng)
+        found = first_fault(self.model, fault, self.device)
+        message = f"{where}: {error}; first {found or 'of all, done again: nothing, the numbers were finite this time'}"
+        if not self.accelerator.is_main_process:
+            return FloatingPointError(message)
+        try:
+            folder = save_fault(self.run_dir, fault, self.model)
+        except (OSError, RuntimeError) as failure:  # the disk may be what is wrong
+            return FloatingPointError(f"{message}; its batch could not be written: {failure}")
+        return FloatingPointError(f"{message}; its batch and weights are in {folder}")
 
     def _validate(self, validate: Callable[[nn.Module], Mapping[str, float]]) -> bool:
         """Run the validation, keep its metrics, and tell whether they are the best so far."""
