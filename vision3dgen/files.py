@@ -53,7 +53,11 @@ def safe_join(root: str | os.PathLike[str], relative: str) -> Path:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The entries of a file with one JSON object per line; a ValueError names the line that is none."""
     entries = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not text in UTF-8: {error}") from error
+    for number, line in enumerate(text.splitlines(), start=1):
         try:
             entry = json.loads(line)
         except json.JSONDecodeError as error:

@@ -97,7 +97,12 @@ class SplitManifest:
             raise ValueError(f"{path}: 'files' must map relative paths to sha256")
         for name in files:
             _check_relative(path, root, "files", name)
-        return SplitManifest(data["name"], int(data.get("version", 1)), data.get("seed"), splits, files, views)
+        version, seed = data.get("version", 1), data.get("seed")
+        if not isinstance(version, int) or not isinstance(seed, int | None):
+            raise ValueError(
+                f"{path}: 'version' must be an integer and 'seed' one or null, got {version!r} and {seed!r}"
+            )
+        return SplitManifest(data["name"], version, seed, splits, files, views)
 
     def verify(self, root: str | os.PathLike[str]) -> list[Mismatch]:
         """The files under `root` that are missing or differ from the manifest."""

@@ -1,5 +1,6 @@
 """Voxel files: binvox (Patrick Min's format, the one of ShapeNet and 3D-R2N2)."""
 
+import math
 import os
 import re
 from pathlib import Path
@@ -101,4 +102,7 @@ def _header_numbers(path: Path, fields: dict[str, list[str]], key: str, count: i
         raise FileError(f"{path}: the header has no line {key!r}")
     if len(words) != count or not all(re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", word) for word in words):
         raise FileError(f"{path}: {key} must be {count} numbers, got {' '.join(words)[:60]!r}")
-    return [float(word) for word in words]
+    values = [float(word) for word in words]
+    if not all(map(math.isfinite, values)):
+        raise FileError(f"{path}: {key} must be finite, got {' '.join(words)[:60]!r}")
+    return values
