@@ -68,6 +68,18 @@ def _clouds(suffix: str) -> list[bytes]:
     )
 
 
+def _arrays() -> list[bytes]:
+    return _written(".npz", lambda path: save_npz(path, a=np.arange(6.0), b=np.eye(2)))
+
+
+def _grid() -> list[bytes]:
+    return _written(".binvox", lambda path: write_binvox(path, torch.arange(64).view(4, 4, 4) % 3 == 0))
+
+
+def _depth() -> list[bytes]:
+    return _written(".png", lambda path: write_depth_png(path, np.ones((3, 4), np.float32)))
+
+
 def _picture(mode: str, form: str = "PNG") -> bytes:
     file = io.BytesIO()
     Image.fromarray(np.arange(3 * 5 * 4, dtype=np.uint8).reshape(3, 5, 4)).convert(mode).save(file, form)
@@ -114,7 +126,7 @@ _PLY = "ply\nformat {} 1.0\nelement vertex {}\nproperty float x\nproperty float 
 READERS: dict[str, Reader] = {
     "obj": Reader(".obj", load_mesh, lambda: [*_meshes(".obj"), b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1/1/1 2//2 -1\n"]),
     "off": Reader(".off", load_mesh, lambda: _meshes(".off"), (b"OFF\n1000000000000 1000000000000 0\n0 0 0\n",)),
-    "stl": Reader(".stl", load_mesh, lambda: _meshes(".stl"), (b"\0" * 80 + struct.pack("<I", 2**32 - 1) + b"\0" * 50,)),
+    "stl": Reader(".stl", load_mesh, lambda: _meshes(".stl"), (b"\0" * 80 + struct.pack("<I", 2**32 - 1),)),
     "glb": Reader(".glb", load_mesh, lambda: _meshes(".glb")),
     "ply mesh": Reader(
         ".ply", load_mesh, lambda: _meshes(".ply"),
@@ -126,20 +138,20 @@ READERS: dict[str, Reader] = {
     ),
     "xyz": Reader(".xyz", load_pointcloud, lambda: _clouds(".xyz")),
     "npz cloud": Reader(".npz", load_pointcloud, lambda: _clouds(".npz")),
-    "npz": Reader(".npz", load_npz, lambda: _written(".npz", lambda path: save_npz(path, a=np.arange(6.0), b=np.eye(2)))),
+    "npz": Reader(".npz", load_npz, _arrays),
     "npy": Reader(
         ".npy", load_npy, lambda: _written(".npy", lambda path: save_npy(path, np.arange(6.0).reshape(2, 3))),
         (_npy("(1000000000000,)"), _npy("(-1, 2)"), _npy("(10**12,)")),
     ),
     "binvox": Reader(
-        ".binvox", read_binvox, lambda: _written(".binvox", lambda path: write_binvox(path, torch.arange(64).view(4, 4, 4) % 3 == 0)),
+        ".binvox", read_binvox, _grid,
         (b"#binvox 1\ndim 100000 100000 100000\ntranslate 0 0 0\nscale 1\ndata\n\x01\xff",),
     ),
-    "picture": Reader(".png", read_image, lambda: [_picture("RGBA"), _picture("L"), _picture("RGB")], (_huge_png(8, 6),)),
+    "picture": Reader(".png", read_image, lambda: [*map(_picture, ("RGBA", "L", "RGB"))], (_huge_png(8, 6),)),
     "jpeg": Reader(".jpg", lambda path: read_image(path, mode="RGB"), lambda: [_picture("RGB", "JPEG")]),
     "index picture": Reader(".png", read_index_png, lambda: [_picture("P")], (_huge_png(8, 0),)),
     "depth picture": Reader(
-        ".png", read_depth_png, lambda: _written(".png", lambda path: write_depth_png(path, np.ones((3, 4), np.float32))),
+        ".png", read_depth_png, _depth,
         (_huge_png(16, 0),),
     ),
     "idx": Reader("-idx", read_idx, lambda: [_IDX], (b"\0\0\x08\x03" + struct.pack(">III", 2**31, 2**31, 4),)),
