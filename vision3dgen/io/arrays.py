@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -98,7 +99,7 @@ def _read_member(path: Path, name: str, member: Any, size: int) -> np.ndarray:
         # numpy names only the readers of versions 1 and 2; 3 differs from 2 in non-ASCII field names alone
         read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, fortran, dtype = read_header(member)
-    except (ValueError, SyntaxError, TypeError, KeyError) as error:
+    except (ValueError, SyntaxError, TypeError, KeyError, TokenError, RecursionError) as error:
         raise FileError(f"{path}: array {name} is not a numpy array: {error}") from error
     if dtype.hasobject:
         raise FileError(f"{path}: array {name} holds pickled Python objects, which are never loaded")
