@@ -4,8 +4,8 @@
 
 Kills: training, evaluation, preparation, a report, and a sweep where Ray is installed, each in processes of its own
 that are killed (SIGKILL, all of a group) at a random instant of the time that an undisturbed run takes, up to three
-times, and then left to end. "lost" counts works whose result is not the undisturbed one's, byte for byte but for the clock's
-entries; "half-written" counts files that a kill left under their final name and that cannot be read.
+times, and then left to end. "lost" counts works whose result is not the undisturbed one's, byte for byte but for the
+clock's entries; "half-written" counts files that a kill left under their final name and that cannot be read.
 
 Files: every reader of tests/readers.py on valid files that are damaged at random, and on headers that promise 10^12
 numbers; "crashed" counts what is neither read nor refused with a reason that names the file.
@@ -52,7 +52,7 @@ SPACE = "lr: {log_uniform: [1e-4, 1e-2]}\n"
 
 
 class Work(NamedTuple):
-    """A command that is killed, in a folder that starts as a copy of `start`; its result is the file or folder `makes`."""
+    """A command that is killed, in a folder that starts as a copy of `start`; `makes` is what counts."""
 
     command: list[str]
     start: str  # below the folder of the campaign

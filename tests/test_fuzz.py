@@ -75,4 +75,4 @@ KEPT = sorted((Path(__file__).parent / "data" / "fuzz").glob("*/*"))
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_what_fuzzing_found_stays_mended(path, tmp_path):
-    attempt(READERS[path.parent.name], path.read_bytes(), tmp_path)
+    attempt(READERS[path.parent.name.replace("_", " ")], path.read_bytes(), tmp_path)
