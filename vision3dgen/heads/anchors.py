@@ -44,7 +44,7 @@ class Anchors:
 
     def __call__(
         self, maps: Sequence[Tensor], image_size: tuple[int, int], strides: Sequence[int]
-    ) -> list[Float[Tensor, "N 4"]]:
+    ) -> list[Float[Tensor, "_ 4"]]:
         """The anchors of each map in pixels of the image (height, width), cell by cell, row by row.
 
         A cell's side is the image's over the map's, in whole pixels: where the map was rounded up less than the stride.

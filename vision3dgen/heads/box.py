@@ -137,7 +137,7 @@ class BoxHead(RoIHead):
             self.box_head = convolutions_and_layer(inputs, pooling.resolution, width)
         self.box_predictor = BoxPredictor(width, classes)
 
-    def forward(self, maps: Sequence[Tensor], boxes: Sequence[Float[Tensor, "R 4"]]) -> BoxAnswers:
+    def forward(self, maps: Sequence[Tensor], boxes: Sequence[Float[Tensor, "_ 4"]]) -> BoxAnswers:
         return self.box_predictor(self.box_head(self.pooling(maps, boxes, self.strides)))
 
     def loss(

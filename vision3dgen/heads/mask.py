@@ -62,7 +62,7 @@ class MaskHead(RoIHead):
                 nn.init.zeros_(module.bias)
         nn.init.normal_(logits.weight, std=0.001)
 
-    def forward(self, maps: Sequence[Tensor], boxes: Sequence[Float[Tensor, "R 4"]]) -> Float[Tensor, "N K1 M M"]:
+    def forward(self, maps: Sequence[Tensor], boxes: Sequence[Float[Tensor, "_ 4"]]) -> Float[Tensor, "N K1 M M"]:
         """Logits for each class, background first."""
         return self.mask_predictor(self.mask_head(self.pooling(maps, boxes, self.strides))).float()
 

@@ -48,7 +48,7 @@ class Pooling:
         return wanted.clamp(0, len(self.levels(strides)) - 1).long()
 
     def __call__(
-        self, maps: Sequence[Tensor], boxes: Sequence[Float[Tensor, "R 4"]], strides: Sequence[int]
+        self, maps: Sequence[Tensor], boxes: Sequence[Float[Tensor, "_ 4"]], strides: Sequence[int]
     ) -> Float[Tensor, "N C P P"]:
         """The regions of all images, one image after the other."""
         used = self.levels(strides)

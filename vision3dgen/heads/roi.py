@@ -66,7 +66,7 @@ class RoIHead(nn.Module, ABC):
     needs: tuple[str, ...] = ()
 
     @abstractmethod
-    def forward(self, maps: Sequence[Tensor], boxes: Sequence[Float[Tensor, "R 4"]]) -> Any:
+    def forward(self, maps: Sequence[Tensor], boxes: Sequence[Float[Tensor, "_ 4"]]) -> Any:
         """The networks' answer for the regions of each photograph, all in one batch."""
 
     @abstractmethod

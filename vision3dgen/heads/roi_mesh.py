@@ -79,7 +79,7 @@ class RoIMeshHead(RoIHead):
         self.mesh_head = MeshRefinement([inputs], stages=stages, hidden=hidden, convolution=convolution)
 
     def forward(
-        self, maps: Sequence[Tensor], boxes: Sequence[Float[Tensor, "R 4"]]
+        self, maps: Sequence[Tensor], boxes: Sequence[Float[Tensor, "_ 4"]]
     ) -> tuple[Float[Tensor, "N 2"], Float[Tensor, "N D H W"], list[Any]]:
         """Log extent and log height, the voxels' logits, and the mesh after each stage, in the volumes' coordinates."""
         depths = self.z_head(DEPTH_POOLING(maps, boxes, self.strides)).float()
@@ -131,7 +131,7 @@ class RoIMeshHead(RoIHead):
         return [own._replace(meshes=some) for own, some in zip(found, meshes.split(counts))]
 
     def _true_volumes(
-        self, meshes: Meshes, boxes: Sequence[Float[Tensor, "R 4"]], canvas: Canvas
+        self, meshes: Meshes, boxes: Sequence[Float[Tensor, "_ 4"]], canvas: Canvas
     ) -> tuple[Volumes, Float[Tensor, "N 2"]]:
         """The volumes around the true meshes, and what is to be said of their depths."""
         intrinsics, heights, focal = _regions(boxes, canvas)
@@ -143,7 +143,7 @@ class RoIMeshHead(RoIHead):
         return volumes, torch.stack([2 * half / height, height], dim=1).log()
 
 
-def _regions(boxes: Sequence[Float[Tensor, "R 4"]], canvas: Canvas) -> tuple[Tensor, Tensor, Tensor]:
+def _regions(boxes: Sequence[Float[Tensor, "_ 4"]], canvas: Canvas) -> tuple[Tensor, Tensor, Tensor]:
     """Of each region: the matrix to [-1, 1] across its box, the box's height, and the focal length, both in pixels."""
     if canvas.intrinsics is None:
         raise ValueError("meshes in the camera's frame need the batch's camera")

@@ -83,7 +83,7 @@ class RCNN(nn.Module):
             for boxes in self._given(proposals, canvas)
         ]
 
-    def _given(self, proposals: Sequence[Tensor] | None, canvas: Canvas) -> list[Float[Tensor, "P 4"]]:
+    def _given(self, proposals: Sequence[Tensor] | None, canvas: Canvas) -> list[Float[Tensor, "_ 4"]]:
         if proposals is None:
             raise ValueError("without a region proposal network the batch must have proposals, (P, 4) for each image")
         return [

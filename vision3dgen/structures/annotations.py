@@ -1,5 +1,6 @@
 """What is said of the objects of one image, and what cannot be meant."""
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -11,8 +12,8 @@ def check_annotations(
     """Raise a ValueError naming the image and the annotation that no detector can be trained with, and why.
 
     size: (height, width) of the image. Boxes (xyxy pixels) must be finite, have an inside, and have some of it in the
-    image; labels be from 1 to `classes`; masks be as many as boxes and of the image's size. A box that reaches beyond
-    the image is meant as the part inside it, and an object of one pixel is an object.
+    image; labels be from 1 to `classes`; masks be as many as boxes, of the image's size, and have a pixel in their box.
+    A box that reaches beyond the image is meant as the part inside it, and an object of one pixel is an object.
     """
     height, width = size
     if boxes.ndim != 2 or boxes.shape[1] != 4:
@@ -34,6 +35,13 @@ def check_annotations(
         if bool(found.any()):
             index = int(found.nonzero()[0])
             raise ValueError(f"image {image!r}, annotation {index}: box {boxes[index].tolist()} {fault}")
+    if masks is not None and len(masks):
+        apart = _apart(masks, boxes)
+        if bool(apart.any()):
+            index = int(apart.nonzero()[0])
+            raise ValueError(
+                f"image {image!r}, annotation {index}: its mask has no pixel in box {boxes[index].tolist()}"
+            )
     unknown = labels < 1 if classes is None else (labels < 1) | (labels > classes)
     if bool(unknown.any()):
         index = int(unknown.nonzero()[0])
@@ -41,3 +49,12 @@ def check_annotations(
             f"image {image!r}, annotation {index}: category {int(labels[index])}, but categories are numbered from 1 "
             f"(0 is background){'' if classes is None else f' to {classes}'}"
         )
+
+
+def _apart(masks: Bool[Tensor, "N H W"], boxes: Float[Tensor, "N 4"]) -> Bool[Tensor, " N"]:
+    """Whether no pixel of a mask is in its box."""
+    height, width = masks.shape[1:]
+    row, column = (torch.arange(count, device=masks.device) for count in (height, width))
+    x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
+    rows, columns = (row + 1 > y0) & (row < y1), (column + 1 > x0) & (column < x1)  # (N, H), (N, W) that the box meets
+    return ~torch.stack([mask[own][:, across].any() for mask, own, across in zip(masks, rows, columns)])
