@@ -393,7 +393,7 @@ def test_a_picture_is_learned_by_heart():
     batch = scene(sizes=((64, 80), (64, 80)))
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     model.train()
-    for step in range(150):
+    for step in range(110):
         optimizer.zero_grad()
         model.loss(batch, generator=generator(step))["loss"].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 10.0)

@@ -95,7 +95,7 @@ class PanopticFPN(nn.Module):
         stuff = self._stuff(self.semantic(maps, (canvas.images.shape[-2], canvas.images.shape[-1])), canvas)
         return [self.merging(own, classes) for own, classes in zip(found, stuff)]
 
-    def _stuff(self, logits: Float[Tensor, "B K H W"], canvas: Canvas) -> list[Int[Tensor, "H W"]]:
+    def _stuff(self, logits: Float[Tensor, "B K H W"], canvas: Canvas) -> list[Int[Tensor, "_ _"]]:
         """The class of each pixel of the images as they came, in panoptic numbers, 0 for a thing."""
         maps = []
         for own, (height, width), size in zip(logits, canvas.sizes, canvas.originals):
