@@ -47,8 +47,8 @@ def read_binvox(path: str | os.PathLike[str]) -> Binvox:
     if not found:
         raise FileError(f"{path}: cut short, the header has no line 'data'")
     fields = {words[0]: words[1:] for line in header.decode("latin-1").split("\n") if (words := line.split())}
-    if fields["#binvox"] != ["1"]:
-        raise FileError(f"{path}: binvox version {' '.join(fields['#binvox']) or 'missing'}, only 1 is supported")
+    if (version := fields.get("#binvox", [])) != ["1"]:
+        raise FileError(f"{path}: binvox version {' '.join(version) or 'missing'}, only 1 is supported")
     dims = _header_numbers(path, fields, "dim", 3)
     if any(dim != int(dim) or not 1 <= dim <= _LARGEST for dim in dims):
         raise FileError(f"{path}: dim must be three integers in [1, {_LARGEST}], got {' '.join(fields['dim'])}")
