@@ -64,9 +64,9 @@ def save_fault(run_dir: Path, fault: Fault, model: nn.Module) -> Path:
     return folder
 
 
-def load_fault(folder: Path, known: Sequence[type] = ()) -> Fault:
+def load_fault(folder: str | Path, known: Sequence[type] = ()) -> Fault:
     """Read a fault whose batches hold `known` classes beside tensors; CheckpointError where it is none."""
-    path = folder / "step.pt"
+    path = Path(folder) / "step.pt"
     try:
         with torch.serialization.safe_globals(list(known)):
             return Fault(**torch.load(path, map_location="cpu", weights_only=True))
@@ -77,11 +77,11 @@ def load_fault(folder: Path, known: Sequence[type] = ()) -> Fault:
 
 
 def replay(
-    folder: Path, model: nn.Module, known: Sequence[type] = (), device: torch.device | str = "cpu"
+    folder: str | Path, model: nn.Module, known: Sequence[type] = (), device: torch.device | str = "cpu"
 ) -> str | None:
     """Do the step of a fault again with the weights of then; what `first_fault` says of it."""
     fault = load_fault(folder, known)
-    load_file(model.cpu(), folder / "model.safetensors")
+    load_file(model.cpu(), Path(folder) / "model.safetensors")
     train_mode(model.to(device))
     return first_fault(model, fault, torch.device(device))
 
