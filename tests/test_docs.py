@@ -17,7 +17,7 @@ import yaml
 from vision3dgen import cli
 from vision3dgen.datasets import prepare_procedural
 from vision3dgen.io import save_mesh
-from vision3dgen.ops import ico_sphere
+from vision3dgen.ops import ico_sphere, torus
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -55,6 +55,7 @@ def workplace(tmp_path_factory):
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "scans").mkdir()
     save_mesh(folder / "scans" / "ball.obj", ico_sphere(2))
+    save_mesh(folder / "scans" / "ring.ply", torus(0.1, 0.4, 12, 24))
     categories = ["chair", "table"]
     prepare_procedural(folder / "data/p", shapes_per_category=5, categories=categories, views=2, points=4000, seed=0)
     return folder
@@ -75,15 +76,36 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page, workplace, monkeypat
         exec(compile(block, f"{page.name}, block {number}", "exec"), scope)
 
 
+def commands(page: Path) -> list[list[str]]:
+    """The words of every command of ours that a page types at a prompt."""
+    blocks = re.findall(r"^```(.*)\n((?:(?!```).*\n)*)```", page.read_text(), re.MULTILINE)
+    lines = "".join(block for language, block in blocks if language in ("", "sh"))
+    lines = re.sub(r"\\\n\s*", " ", lines).splitlines()
+    typed = [line for line in lines if line.startswith("vision3dgen ") and "..." not in line]
+    return [shlex.split(line.split(" > ")[0].replace("$D", ""), comments=True) for line in typed]
+
+
+@pytest.mark.slow
+def test_the_first_ten_minutes_work(workplace, monkeypatch):
+    """The page's commands one after another, with fewer steps; the scans are two meshes."""
+    for variable in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("vision3dgen.viz.scene._broken", "pages are tested with the built-in renderer")
+    monkeypatch.chdir(workplace)
+    page = ROOT / "docs" / "first-ten-minutes.md"
+    for words in commands(page):
+        fewer = [re.sub(r"^(trainer\.(?:steps|validation\.every))=\d+$", r"\1=2", word) for word in words[1:]]
+        fewer += ["trainer.schedule.warmup=0"] if words[1] == "train" else []
+        assert cli.main([word.replace("data/scans", "data/own") for word in fewer]) == 0, " ".join(words)
+    assert (workplace / "runs/first/report.html").stat().st_size > 100_000
+    assert (workplace / "runs/scans/view/shapes.png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
 def test_every_command_of_a_page_is_one(page):
     """What a page types at a prompt parses, and the configurations it names are there."""
-    blocks = re.findall(r"^```(.*)\n((?:(?!```).*\n)*)```", page.read_text(), re.MULTILINE)
-    lines = "".join(block for language, block in blocks if language in ("", "sh"))
-    for line in re.sub(r"\\\n\s*", " ", lines).splitlines():
-        if not line.startswith("vision3dgen ") or "..." in line:
-            continue
-        words = shlex.split(line.split(" > ")[0].replace("$D", ""), comments=True)
+    for words in commands(page):
+        line = " ".join(words)
         options, rest = cli._parser().parse_known_args(words[1:])
         assert callable(options.run), line
         assert all("=" in word for word in rest), line
