@@ -1,14 +1,16 @@
-"""Data at ShapeNet's size: what a loader gives.
+"""Data at ShapeNet's size: what a loader gives, and what damaged meshes do to occupancies.
 
 python benchmarks/data.py loader --out runs/data
+python benchmarks/data.py damage --out runs/damage --meshes scans/
 """
 
 import argparse
 import sys
 
+import damage
 import loading
 
-COMMANDS = {"loader": loading}
+COMMANDS = {"loader": loading, "damage": damage}
 
 
 def main() -> int:
