@@ -1,16 +1,18 @@
-"""Data at ShapeNet's size: what a loader gives, and what damaged meshes do to occupancies.
+"""Data at ShapeNet's size: what a loader gives, what damaged meshes do to occupancies, what kills do to preparation.
 
 python benchmarks/data.py loader --out runs/data
 python benchmarks/data.py damage --out runs/damage --meshes scans/
+python benchmarks/data.py kills --out runs/kills
 """
 
 import argparse
 import sys
 
 import damage
+import kills
 import loading
 
-COMMANDS = {"loader": loading, "damage": damage}
+COMMANDS = {"loader": loading, "damage": damage, "kills": kills}
 
 
 def main() -> int:
