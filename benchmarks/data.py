@@ -1,8 +1,9 @@
-"""Data at ShapeNet's size: what a loader gives, what damaged meshes do to occupancies, what kills do to preparation.
+"""Data at ShapeNet's size: what a loader gives, what damage does to occupancies, kills to preparation, and its rate.
 
 python benchmarks/data.py loader --out runs/data
 python benchmarks/data.py damage --out runs/damage --meshes scans/
 python benchmarks/data.py kills --out runs/kills
+python benchmarks/data.py prepare --out runs/prepare
 """
 
 import argparse
@@ -11,8 +12,9 @@ import sys
 import damage
 import kills
 import loading
+import prepare
 
-COMMANDS = {"loader": loading, "damage": damage, "kills": kills}
+COMMANDS = {"loader": loading, "damage": damage, "kills": kills, "prepare": prepare}
 
 
 def main() -> int:
