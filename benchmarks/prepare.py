@@ -2,7 +2,8 @@
 
 Generated shapes, their faces divided until there are about 10,000, whole and with 2 % of the faces missing, in
 ShapeNet's layout, prepared by `vision3dgen prepare shapenet` with two workers, and with Ray where it is installed,
-whose bytes must be the same. Wall time, the start of the processes included. Leaves table.md. Exit code 1 if bytes differ.
+whose bytes must be the same. Wall time, the start of the processes included. Leaves table.md. Exit code 1 if bytes
+differ.
 """
 
 import argparse
@@ -25,13 +26,6 @@ from vision3dgen.io import save_mesh
 from vision3dgen.ops import SubdivideMeshes
 from vision3dgen.structures import Meshes
 
-COMMAND = [
-    sys.executable,
-    "-c",
-    "import sys; from vision3dgen.cli import main; sys.exit(main())",
-    "prepare",
-    "shapenet",
-]
 FACES = 10_000
 SHAPENET = 51_300  # models of ShapeNetCore
 
