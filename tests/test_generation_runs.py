@@ -100,7 +100,7 @@ def test_the_parts_of_a_configuration_become_objects():
     vae = construct(Experiment, load(CONFIGS / "generation_cvae_mnist.yaml", ["model.likelihood={name: gaussian}"]))
     assert isinstance(vae.build_model(), VAE)
     assert isinstance(vae.build_model().likelihood, Gaussian)
-    assert vae.build_model().latents == 20
+    assert vae.build_model().latents == 4
 
 
 @pytest.mark.parametrize("page", ["latent", "adversarial"])

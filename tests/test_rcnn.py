@@ -392,12 +392,14 @@ def test_a_picture_is_learned_by_heart():
     model = detector("mask")
     batch = scene(sizes=((64, 80), (64, 80)))
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, total_iters=180)
     model.train()
-    for step in range(110):
+    for step in range(180):
         optimizer.zero_grad()
         model.loss(batch, generator=generator(step))["loss"].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 10.0)
         optimizer.step()
+        schedule.step()
     model.eval()
     assert model.validation_metrics(batch)["f1"].tolist() == [1.0, 1.0]
     for own, boxes, masks in zip(model.predict(batch), batch["boxes"], batch["masks"]):
