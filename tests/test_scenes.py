@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from vision3dgen import cli
-from vision3dgen.datasets import SplitManifest, make_scene, prepare_scenes, scenes, sentences
+from vision3dgen.datasets import SceneInstances, SplitManifest, make_scene, prepare_scenes, scenes, sentences
+from vision3dgen.datasets.procedural import CATEGORIES
 from vision3dgen.datasets.scenes import (
     COLORS,
     DEPTH_UNITS,
@@ -259,6 +260,33 @@ def test_bad_arguments_are_named_before_anything_is_written(tmp_path, changes):
     with pytest.raises(ValueError, match=f"{name} must be at least"):
         prepare_scenes(tmp_path / "root", **{**SMALL, **changes})
     assert not (tmp_path / "root" / "scenes.jsonl").exists()
+
+
+def test_rooms_have_objects_of_the_categories_asked_for(tmp_path):
+    asked = ["lamp", "car"]
+    prepare_scenes(tmp_path, scenes=4, image_size=48, shapes=1, objects=4, categories=asked)
+    lines = read_jsonl(tmp_path / "scenes.jsonl")
+    assert {one["category"] for line in lines for one in line["objects"]} == set(asked)
+    item = SceneInstances(str(tmp_path), "all", fields=[])[0]
+    numbers = [list(CATEGORIES.values()).index(one["category"]) + 1 for one in lines[0]["objects"]]
+    assert item["labels"].tolist() == numbers
+    with pytest.raises(ValueError, match=r"prepared with categories=.*now categories=None"):
+        prepare_scenes(tmp_path, scenes=4, image_size=48, shapes=1, objects=4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"categories": ["car"]}, "give objects too"),
+        ({"objects": 3, "categories": []}, "one at least"),
+        ({"objects": 3, "categories": ["car", "car"]}, "different names"),
+        ({"objects": 3, "categories": ["house"]}, "house"),
+    ],
+)
+def test_categories_that_cannot_be_meant_are_refused(tmp_path, settings, words):
+    with pytest.raises(ValueError, match=words):
+        prepare_scenes(tmp_path / "root", **SMALL, **settings)
+    assert not (tmp_path / "root").exists()
 
 
 def test_the_command_line_makes_scenes(tmp_path, capsys):

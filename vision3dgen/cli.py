@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     scenes.add_argument("--image-size", type=int, default=96, help="side of the pictures (default: 96)")
     scenes.add_argument("--sentences", type=int, default=10_000, help="about scenes not drawn (default: 10000)")
     scenes.add_argument("--objects", type=int, help="rooms with at most so many, for detectors, without captions")
+    scenes.add_argument("--categories", nargs="+", metavar="NAME", help="of the objects of rooms (default: all 13)")
     for each in (procedural, meshes, shapenet):
         each.add_argument("--views", type=int, default=24, help="renderings per shape (default: 24)")
         each.add_argument("--points", type=int, default=100_000, help="samples per shape (default: 100000)")
@@ -355,6 +356,7 @@ def _prepare_scenes(options: argparse.Namespace) -> int:
         image_size=options.image_size,
         sentences=options.sentences,
         objects=options.objects,
+        categories=options.categories,
         seed=options.seed,
         workers=options.workers,
     )

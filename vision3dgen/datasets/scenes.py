@@ -35,6 +35,7 @@ from jaxtyping import Float, UInt8
 from manifold3d import Manifold, Mesh64
 from torch import Tensor
 
+from vision3dgen.checks import check_choice
 from vision3dgen.datasets.manifest import SPLITS, SplitManifest, assign_splits, read_json, sha256, write_json
 from vision3dgen.datasets.prepare import Prepared
 from vision3dgen.datasets.procedural import CATEGORIES, make_shape
@@ -154,9 +155,9 @@ def _draw_places(rng: np.random.Generator, count: int) -> list[tuple[float, floa
             return [(float(x), float(z)) for x, z in placed]
 
 
-def draw_room(rng: np.random.Generator, shapes: int, count: int) -> Scene:
-    """Objects anywhere on the floor of a room, none inside another; however much they hide one another."""
-    names, colors = list(CATEGORIES.values()), list(COLORS)
+def draw_room(rng: np.random.Generator, shapes: int, count: int, categories: Sequence[str] | None = None) -> Scene:
+    """Objects of the categories anywhere on the floor of a room, none inside another, though some hide others."""
+    names, colors = list(categories or CATEGORIES.values()), list(COLORS)
     objects: list[SceneObject] = []
     taken: list[Float[np.ndarray, "4 2"]] = []
     side = max(0.95, 0.45 * count**0.5)  # of half the square they stand in: more room for more of them
@@ -393,17 +394,19 @@ def _box(mask: Tensor) -> Tensor:
 
 
 def make_scene(
-    seed: int, index: int, *, image_size: int = 96, shapes: int = 4, objects: int | None = None
-) -> tuple[Scene, SceneView]:
+    seed: int, index: int, *, image_size: int = 96, shapes: int = 4, objects: int | None = None,
+    categories: Sequence[str] | None = None,
+) -> tuple[Scene, SceneView]:  # fmt: skip
     """Scene number `index` of a seed and its view; drawn again until enough of every object shows, none cut off.
 
-    objects: a room with at most so many objects, from 2, instead of a scene that can be put into words.
+    objects: a room with at most so many objects, from 2, instead of a scene that can be put into words. categories: of
+    a room's objects; all by default.
     """
     rng = np.random.default_rng([seed, _SCENES if objects is None else _ROOMS, index])
     least = _LEAST if objects is None else _LEAST_HIDDEN
     count = None if objects is None else int(rng.integers(2, objects + 1))  # once: many fit less often than few
     while True:
-        scene = draw_scene(rng, shapes) if count is None else draw_room(rng, shapes, count)
+        scene = draw_scene(rng, shapes) if count is None else draw_room(rng, shapes, count, categories)
         if not _fits(scene, image_size):
             continue
         view = view_scene(scene, image_size)
@@ -430,6 +433,7 @@ class _Job(NamedTuple):
     shapes: int
     captions: int
     objects: int | None
+    categories: Sequence[str] | None
 
 
 def prepare_scenes(
@@ -442,6 +446,7 @@ def prepare_scenes(
     captions: int = 5,
     sentences: int = 10_000,
     objects: int | None = None,
+    categories: Sequence[str] | None = None,
     split: tuple[float, float, float] = (0.8, 0.1, 0.1),
     name: str = "scenes_v1",
     workers: int = 1,
@@ -451,8 +456,9 @@ def prepare_scenes(
     shapes: of each category; all splits share them, what is new in val and test is the scene. captions: at most so many
     different ones of each scene. sentences: about scenes that are not drawn, for language models, a tenth of them for
     validation. objects: rooms with at most so many, from 2, instead, of which there are no captions or sentences.
-    split: shares of train, val and test. The bytes do not depend on `workers`. Raises ValueError naming what differs if
-    `root` holds scenes of other settings; OSError if a file cannot be written.
+    categories: names of those a room has; all by default, and whatever they are they keep their numbers. split: shares
+    of train, val and test. The bytes do not depend on `workers`. Raises ValueError naming what differs if `root` holds
+    scenes of other settings; OSError if a file cannot be written.
     """
     for key, value, least in (
         ("scenes", scenes, 1), ("seed", seed, 0), ("image_size", image_size, 16), ("shapes", shapes, 1),
@@ -462,12 +468,15 @@ def prepare_scenes(
             raise ValueError(f"{key} must be at least {least}, got {value}")
     if objects is not None and objects > MOST_OBJECTS:
         raise ValueError(f"objects must be at most {MOST_OBJECTS}, which still show in a picture, got {objects}")
+    if categories is not None:
+        categories = _checked(categories, objects)
     assigned = assign_splits(scenes, split)
     root = Path(root)
     settings: dict[str, Any] = {
         "format": _FORMAT, "scenes": scenes, "seed": seed, "image_size": image_size, "shapes": shapes,
         "captions": captions, "sentences": sentences, "split": list(split), "name": name,
         **({} if objects is None else {"objects": objects}),
+        **({} if categories is None else {"categories": list(categories)}),
     }  # fmt: skip
     manifest = root / "splits" / f"{name}.json"
     if _complete(root, settings):
@@ -475,7 +484,7 @@ def prepare_scenes(
     pictures = ("image", "mask", "depth") if objects is None else ("image", "mask", "depth", "stuff")
     for folder in (*(_FOLDERS[key] for key in pictures), "text" if objects is None else "shapes", "splits"):
         (root / folder).mkdir(parents=True, exist_ok=True)
-    jobs = [_Job(root, seed, index, image_size, shapes, captions, objects) for index in range(scenes)]
+    jobs = [_Job(root, seed, index, image_size, shapes, captions, objects, categories) for index in range(scenes)]
     lines = list(map_in_order(_write_scene, jobs, workers=workers, title="drawing scenes"))
     with atomic_write(root / "scenes.jsonl") as file:
         file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
@@ -491,6 +500,16 @@ def prepare_scenes(
     SplitManifest(name, _FORMAT, seed, members, digests).write(manifest)
     write_json(root / "record.json", {"settings": settings})
     return Prepared(root, scenes, 0, [], manifest)
+
+
+def _checked(categories: Sequence[str], objects: int | None) -> tuple[str, ...]:
+    if objects is None:
+        raise ValueError("categories are those of rooms: give objects too, or leave them out")
+    if not categories or len(set(categories)) < len(categories):
+        raise ValueError(f"categories must be different names, one at least, got {list(categories)}")
+    for each in categories:
+        check_choice("category", each, tuple(CATEGORIES.values()))
+    return tuple(categories)
 
 
 def _complete(root: Path, settings: dict[str, Any]) -> bool:
@@ -513,6 +532,7 @@ def _complete(root: Path, settings: dict[str, Any]) -> bool:
 def _write_scene(job: _Job) -> dict[str, Any]:
     """Draw and write one scene; its line of scenes.jsonl."""
     settings: dict[str, Any] = {"image_size": job.image_size, "shapes": job.shapes, "objects": job.objects}
+    settings["categories"] = job.categories
     scene, view = make_scene(job.seed, job.number, **settings)
     name = f"{job.number:06d}"
     files = {key: f"{_FOLDERS[key]}/{name}.png" for key in ("image", "mask", "depth")}
