@@ -108,6 +108,7 @@ def test_interpolation_inside_a_list_is_located(write):
         ("a: !!set {x, y}\n", 1, "!!set is not accepted"),
         ("a: 1\nb:\n  c: 1\n  c: 2\n", 4, "key 'c' is given twice"),
         ("a: 1\n3: 2\n", 2, "must be a word"),
+        ("? \n: 1\n", 1, "must be a word"),
         ("a.b: 1\n", 1, "must be a word"),
         ("[1, 2]: 3\n", 1, "must be a word"),
         ("<<: {a: 1}\n", 1, "must be a word"),

@@ -87,7 +87,7 @@ for _kind, (_pattern, _first) in _SCALARS.items():
         _class.add_implicit_resolver(_TAG + _kind, re.compile(rf"^(?:{_pattern})$"), _first)
 
 
-_WORD = r"[\w-]+"
+_WORD = r"[\w-]*"  # empty for a whole, as in `weights: {"": ...}`; unquoted that is no string, so it is refused
 _DOTTED = r"[\w-]+(\.[\w-]+|\[\d+\])*"  # a key of `load`'s overrides
 
 
