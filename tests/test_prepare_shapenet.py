@@ -1,5 +1,6 @@
 """ShapeNetCore, dirty, made ready: steps, rejections, limits, lost workers; repair and watertight surfaces."""
 
+import errno
 import json
 import os
 import signal
@@ -10,13 +11,25 @@ import pytest
 import torch
 import trimesh
 
-from vision3dgen.datasets import DAMAGES, Limits, Settings, damage, make_shape, prepare_shapenet, prepared
-from vision3dgen.io import load_npz, read_binvox
+from vision3dgen import cli
+from vision3dgen.datasets import (
+    DAMAGES,
+    Limits,
+    Settings,
+    ShapeNet,
+    Shapes,
+    damage,
+    load_cameras,
+    make_shape,
+    prepare_shapenet,
+    prepared,
+)
+from vision3dgen.io import load_npz, read_binvox, save_obj
 from vision3dgen.ops.inside import contains
 from vision3dgen.ops.meshes import ico_sphere
 from vision3dgen.ops.repair import distortion, remesh_watertight, repair
 from vision3dgen.parallel import Engine, Local, Lost, limited
-from vision3dgen.structures import Frame, Meshes
+from vision3dgen.structures import Camera, Frame, Meshes
 
 TINY = {"views": 1, "points": 301, "image_size": 17, "resolutions": (8,), "renderer": "builtin"}
 HERE = Local(0)  # no process of its own: tests are short
@@ -133,6 +146,136 @@ def test_what_a_killed_run_left_is_cleared(core, tmp_path):
     (folder / ".tmp-1234").write_bytes(b"half")
     prepare_shapenet(core, out, Settings(**TINY), engine=HERE)
     assert tree(out) == tree(other)
+
+
+def test_a_million_faces_fit_in_the_default_limits(tmp_path):
+    mesh = ico_sphere(8)
+    path = tmp_path / "in" / "03001627" / "big" / "models" / "model_normalized.obj"
+    path.parent.mkdir(parents=True)
+    save_obj(path, mesh.verts_packed().numpy(), mesh.faces_packed().numpy())
+    settings = Settings(**{**TINY, "renderer": "auto"}, steps=("repair", "points", "voxels", "views"))
+    done = prepare_shapenet(tmp_path / "in", tmp_path / "out", settings, engine=HERE)  # limits: as by default
+    assert (done.written, done.rejected) == (1, [])
+    (line,) = json.loads((tmp_path / "out" / "manifest.json").read_text())["accepted"]
+    assert line["watertight"]
+    points = load_npz(tmp_path / "out" / "ShapeNet" / "03001627" / "big" / "points.npz")
+    inside = np.unpackbits(points["occupancies"], count=301).astype(bool)
+    distance = np.linalg.norm(points["points"].astype(np.float64), axis=1)
+    clear = np.abs(distance - 0.5) > 1e-3
+    np.testing.assert_array_equal(inside[clear], (distance < 0.5)[clear])
+
+
+@pytest.mark.parametrize("case", ["self-intersecting", "inner shell", "zero faces", "not a number"])
+def test_meshes_that_are_odd_have_a_right_inside_or_a_reason(tmp_path, case):
+    box = trimesh.creation.box((1.0, 1.0, 1.0))
+    meshes = {
+        "self-intersecting": [box, box.copy().apply_translation((0.5, 0.25, 0.25))],
+        "inner shell": [box, trimesh.creation.box((0.5, 0.5, 0.5))],  # turned as the outer one: no cavity
+    }
+    path = tmp_path / "in" / "03001627" / "odd" / "models" / "model_normalized.obj"
+    path.parent.mkdir(parents=True)
+    if case in meshes:
+        trimesh.util.concatenate(meshes[case]).export(path)
+    else:
+        path.write_text("v 0 0 0\nv 1 0 0\nv 0 1 0\n" + ("" if case == "zero faces" else "v nan 0 1\nf 1 2 4\n"))
+    settings = Settings(**TINY, steps=("repair", "points"))
+    done = prepare_shapenet(tmp_path / "in", tmp_path / "out", settings, engine=HERE)
+    if case not in meshes:
+        assert [(entry.step, done.written) for entry in done.rejected] == [("read", 0)], done.rejected
+        return
+    points = load_npz(tmp_path / "out" / "ShapeNet" / "03001627" / "odd" / "points.npz")
+    inside = np.unpackbits(points["occupancies"], count=301).astype(bool)
+    where = points["points"].astype(np.float64) * points["scale"] + points["loc"]  # the OBJ's coordinates
+    frame = Frame.from_dict(
+        json.loads((tmp_path / "out" / "ShapeNetGeometry" / "03001627" / "odd" / "frame.json").read_text())
+    )
+    original = frame.denormalize(torch.from_numpy(where)).numpy()
+    expected = np.zeros(301, dtype=bool)
+    for each in meshes[case]:
+        expected |= ((original > each.bounds[0]) & (original < each.bounds[1])).all(1)
+    np.testing.assert_array_equal(inside, expected)
+
+
+def test_a_full_disk_stops_with_the_file_and_a_second_run_goes_on(core, tmp_path, monkeypatch):
+    calm, full = tmp_path / "calm", tmp_path / "full"
+    prepare_shapenet(core, calm, Settings(**TINY), engine=HERE)
+    left = [7]  # files that still fit
+
+    def sync(descriptor: int) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with pytest.raises(OSError, match="No space left") as caught:
+        prepare_shapenet(core, full, Settings(**TINY), engine=HERE)
+    assert str(full) in str(caught.value)
+    monkeypatch.undo()
+    prepare_shapenet(core, full, Settings(**TINY), engine=HERE)
+    assert tree(full) == tree(calm)
+
+
+@pytest.fixture
+def camera_file(tmp_path):
+    cameras = [Camera.look_at((1.5 * side, 0.7, 1.2), field_of_view=40, image_size=(21, 21)) for side in (-1, 1)]
+    arrays = {}
+    for number, camera in enumerate(cameras):
+        arrays[f"world_mat_{number}"] = torch.cat([camera.rotation, camera.translation[:, None]], 1).double().numpy()
+        arrays[f"camera_mat_{number}"] = camera.intrinsics.double().numpy()
+    np.savez(tmp_path / "cameras.npz", **arrays)
+    return tmp_path / "cameras.npz"
+
+
+def test_given_cameras_draw_and_are_read_again(core, tmp_path, camera_file):
+    out = tmp_path / "out"
+    arguments = ["prepare", "shapenet", str(core), str(out), "--points", "301", "--voxels", "8", "32"]
+    arguments += ["--cameras", str(camera_file), "--image-size", "21", "--steps", "points", "voxels", "views"]
+    assert cli.main(arguments) == 1  # something was rejected
+    fields = ("image", "camera", "mesh", "voxels")
+    data = ShapeNet(out, "all", categories=["04379243"], fields=fields, render_size=21, voxel_resolution=8)
+    assert [item.rsplit("/", 1)[1] for item in (data[0]["id"], data[1]["id"])] == ["00", "01"]
+    given = load_cameras(camera_file, 21)
+    for index in range(2):
+        item = data[index]
+        assert item["voxels"].shape == (8, 8, 8)
+        torch.testing.assert_close(item["camera"].rotation, given.rotation[index].float())
+        torch.testing.assert_close(item["camera"].intrinsics, given.intrinsics[index].float())
+        pixels = item["camera"].project(item["frame"].denormalize(item["mesh"]).verts_packed())[0]
+        seen = (item["image"] < 1).any(0).nonzero().float()  # rows, columns: over white
+        low, high = seen.amin(0).flip(0), seen.amax(0).flip(0) + 1
+        assert (pixels.amin(0) - low).abs().max() < 1.5
+        assert (pixels.amax(0) - high).abs().max() < 1.5
+    shape = Shapes(str(out), "all", categories=["04379243"], fields=("camera",))[0]
+    assert torch.equal(shape["camera"].translation.float(), data[0]["camera"].translation)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"world_mat_0": np.zeros((3, 4))}, "world_mat_0 is no rotation"),
+        ({"world_mat_1": np.full((3, 4), np.nan)}, "camera 1 has numbers that are not finite"),
+        ({"camera_mat_1": np.eye(4)}, "camera_mat"),
+        ({"what": np.eye(3)}, "KIND_NUMBER"),
+    ],
+)
+def test_cameras_that_cannot_be_meant_are_named(camera_file, change, words):
+    with np.load(camera_file) as found:
+        np.savez(camera_file, **{**found, **change})
+    with pytest.raises(ValueError, match=f"cameras.npz.*{words}"):
+        load_cameras(camera_file, 21)
+
+
+def test_voxels_of_a_resolution_that_is_not_there_are_named(core, tmp_path):
+    out = tmp_path / "out"
+    prepare_shapenet(core, out, Settings(**TINY), engine=HERE)
+    with pytest.raises(ValueError, match=r"voxel_resolution=64.*ShapeNetVox8"):
+        ShapeNet(out, "all", fields=("voxels",), voxel_resolution=64)
+
+
+def test_options_of_a_step_that_is_left_out_are_refused(core, tmp_path, capsys):
+    arguments = ["prepare", "shapenet", str(core), str(tmp_path / "out"), "--resolution", "32"]
+    assert cli.main(arguments) == 2
+    assert "--resolution is of the step watertight" in capsys.readouterr().err
 
 
 def test_limits_name_what_was_exceeded():

@@ -92,6 +92,13 @@ def _parser() -> argparse.ArgumentParser:
     shapenet.add_argument("--address", help="of a Ray cluster, such as auto (default: a new one of this machine)")
     shapenet.add_argument("--steps", nargs="+", help="default: all but watertight")
     shapenet.add_argument("--voxels", type=int, nargs="+", default=[32], help="resolutions (default: 32)")
+    shapenet.add_argument("--image-size", type=int, default=137, help="side of the pictures (default: 137)")
+    shapenet.add_argument(
+        "--cameras", type=Path, metavar="FILE", help="cameras.npz to draw with (default: --views by 3D-R2N2's)"
+    )
+    shapenet.add_argument("--resolution", type=int, help="of the step watertight, on the longest edge (default: 128)")
+    shapenet.add_argument("--thickness", type=float, help="of the step watertight, for sheets (default: 0)")
+    shapenet.add_argument("--distortion", type=float, help="most that the step watertight may do (default: 0.01)")
     shapenet.add_argument("--time-limit", type=float, default=600, help="seconds for each model (default: 600)")
     shapenet.add_argument("--memory-limit", type=int, default=4096, help="MiB for each model (default: 4096)")
     shapenet.add_argument("--again", action="store_true", help="try rejected models once more")
@@ -329,18 +336,31 @@ def _prepare_meshes(options: argparse.Namespace) -> int:
 
 
 def _prepare_shapenet(options: argparse.Namespace) -> int:
-    from vision3dgen.datasets import Limits, Settings, prepare_shapenet
+    from vision3dgen.datasets import Limits, Settings, Watertight, load_cameras, prepare_shapenet
     from vision3dgen.parallel import Local, Ray
 
-    settings = Settings(options.seed, options.views, options.points, resolutions=tuple(options.voxels))
+    given = {"resolution": options.resolution, "thickness": options.thickness, "most": options.distortion}
+    settings = Settings(
+        options.seed,
+        options.views,
+        options.points,
+        options.image_size,
+        resolutions=tuple(options.voxels),
+        watertight=Watertight(**{name: value for name, value in given.items() if value is not None}),
+    )
     if options.steps:
         settings = replace(settings, steps=tuple(options.steps))
+    if "watertight" not in settings.steps:
+        for name, option in (("resolution", "--resolution"), ("thickness", "--thickness"), ("most", "--distortion")):
+            if given[name] is not None:
+                raise ValueError(f"{option} is of the step watertight, which is not among the steps: see --steps")
     done = prepare_shapenet(
         options.source_folder,
         options.root,
         settings,
         engine=Ray(options.address, options.workers) if options.engine == "ray" else Local(options.workers),
         limits=Limits(options.time_limit, options.memory_limit),
+        cameras=None if options.cameras is None else load_cameras(options.cameras, options.image_size),
         again=options.again,
     )
     print(done)

@@ -7,6 +7,7 @@ from vision3dgen.datasets.augment import AUGMENTATIONS as AUGMENTATIONS
 from vision3dgen.datasets.augment import Augment as Augment
 from vision3dgen.datasets.augment import Augmented as Augmented
 from vision3dgen.datasets.augment import DropInvisible as DropInvisible
+from vision3dgen.datasets.camera_files import load_cameras as load_cameras
 from vision3dgen.datasets.captions import CaptionedObject as CaptionedObject
 from vision3dgen.datasets.captions import Captions as Captions
 from vision3dgen.datasets.coco import COCODetection as COCODetection

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 
 from vision3dgen.checks import check_choice
+from vision3dgen.datasets.camera_files import read_cameras
 from vision3dgen.datasets.manifest import SplitManifest, read_json
 from vision3dgen.datasets.procedural import CATEGORIES
 from vision3dgen.datasets.shape_items import DEPTH_UNITS as DEPTH_UNITS
@@ -46,6 +48,14 @@ class View(NamedTuple):
     fov: float = 25.0  # as the file says; not the field of view
 
 
+class GivenView(NamedTuple):
+    """A view with a camera of its own, from cameras.npz."""
+
+    number: int
+    world: np.ndarray  # (3, 4), world to camera
+    intrinsics: np.ndarray  # (3, 3)
+
+
 class ShapeNet(ShapeItems):
     """Items of a split of ShapeNet-style data, each a model seen in a view.
 
@@ -65,6 +75,7 @@ class ShapeNet(ShapeItems):
     index; None for all in the file.
     image_size: side to resize pictures and cameras to (antialiased; depth, normals and mask take the nearest pixel);
     None keeps `render_size`, the side every PNG must have. background: RGB in [0, 1] behind transparent pixels.
+    voxel_resolution: which of 3D-R2N2's ShapeNetVox32 and the ShapeNetVoxN of `prepare shapenet` to read.
     voxel_placement: "header" puts voxels where translate and scale of the binvox file say; "cube" ignores these and
     takes the grid to fill the frame's unit cube.
     on_error: "raise" stops at the first missing file; "skip" reads everything once (slow on large data) and leaves out
@@ -89,6 +100,7 @@ class ShapeNet(ShapeItems):
         image_size: int | None = None,
         render_size: int = 137,
         background: tuple[float, float, float] = (1.0, 1.0, 1.0),
+        voxel_resolution: int = 32,
         voxel_placement: Literal["header", "cube"] = "header",
         manifest: str | None = None,
         on_error: Literal["raise", "skip"] = "raise",
@@ -111,6 +123,8 @@ class ShapeNet(ShapeItems):
             seed=seed,
         )
         self.root, self.folders = find_folders(root)
+        if voxel_resolution != 32:
+            self._take_voxels(voxel_resolution)
         self.render_size = render_size
 
         for name in self.fields:
@@ -128,12 +142,22 @@ class ShapeNet(ShapeItems):
                 f"{self.root or self._found()}: {self.split_name} puts no model of {', '.join(self.synsets)} into "
                 f"{split!r}; choose another split, or prepare more shapes"
             )
-        self._views: dict[Model, list[View]] = {}
+        self._views: dict[Model, list[View] | list[GivenView]] = {}
         self._missing = [problem for model in self.models for problem in self._missing_files(model)]
         self.items = self._items()
         self._settle(self.root, on_error, self._missing, self.check)
 
     # -------------------------------------------------------------------------------------------- finding things
+
+    def _take_voxels(self, resolution: int) -> None:
+        """Read ShapeNetVoxN in place of ShapeNetVox32; there is no other place for such voxels."""
+        if self.root is None:
+            raise ValueError('voxel_resolution chooses a folder of a root; without one give the folder as "voxels"')
+        folder = self.root / f"ShapeNetVox{resolution}"
+        if not folder.is_dir():
+            there = sorted(path.name for path in self.root.glob("ShapeNetVox*"))
+            raise ValueError(f"{folder}: no such folder for voxel_resolution={resolution}; there are {there}")
+        self.folders["voxels"] = folder
 
     def _found(self) -> str:
         return ", ".join(str(path) for path in self.folders.values()) or "none of the public folders"
@@ -227,16 +251,16 @@ class ShapeNet(ShapeItems):
                     problems.append(Problem(identifier, str(path), f"the file for {name!r} does not exist", True))
         return problems
 
-    def _allowed_views(self, model: Model) -> list[View]:
-        """The views rendering_metadata.txt describes, but those of another split."""
-        views = read_views(self._folder("renderings", model))
+    def _allowed_views(self, model: Model) -> list[View] | list[GivenView]:
+        """The views that rendering_metadata.txt or cameras.npz describes, but those of another split."""
+        folder = self._folder("renderings", model)
         if self._allowed is None:
-            return views
-        allowed = self._allowed.get(str(model), [])
+            return _views_in(folder)
+        views, allowed = _views_in(folder), self._allowed.get(str(model), [])
         absent = sorted(set(allowed) - {view.number for view in views})
         if absent:
-            raise ValueError(f"{self._folder('renderings', model)}: {self.split_name} asks for views {absent}")
-        return [view for view in views if view.number in allowed]
+            raise ValueError(f"{folder}: {self.split_name} asks for views {absent}")
+        return [view for view in views if view.number in allowed]  # type: ignore[return-value]
 
     def _folder(self, piece: str, model: Model) -> Path:
         folder = self.folders[piece] / model.synset / model.id
@@ -320,7 +344,20 @@ class ShapeNet(ShapeItems):
 
     def _full_camera(self, model: Model, number: int) -> Camera:
         view = next(view for view in self._views[model] if view.number == number)
+        if isinstance(view, GivenView):
+            world, matrix = torch.from_numpy(view.world).double(), torch.from_numpy(view.intrinsics).double()
+            size = (self.render_size, self.render_size)
+            return Camera(world[:, :3].contiguous(), world[:, 3].contiguous(), matrix, size)
         return Camera.from_r2n2(view.azimuth, view.elevation, view.distance_ratio, self.render_size)
+
+
+def _views_in(folder: Path) -> list[View] | list[GivenView]:
+    given = folder / "cameras.npz"
+    if (folder / "rendering_metadata.txt").is_file() or not given.is_file():
+        return read_views(folder)
+    found = read_cameras(given, [])
+    cameras = zip(found["numbers"].tolist(), found["world_mat"], found["camera_mat"])
+    return [GivenView(number, world, matrix) for number, world, matrix in cameras]
 
 
 def read_views(folder: Path) -> list[View]:

@@ -25,6 +25,7 @@ GRAY = (0.72, 0.72, 0.74)
 
 _PAIRS = 1_000_000  # (face, sample) pairs tested at once by the built-in renderer
 _FAN = 64  # vertices with more faces than this (centres of caps) keep each face's own normal
+_CORNERS = 1 << 16  # whose pairs are looked at together: of a million faces all at once would be gigabytes
 _log = logging.getLogger(__name__)
 
 
@@ -307,12 +308,18 @@ def corner_normals(
     vertex, corner = faces.reshape(-1).sort(stable=True)  # corners grouped by vertex
     valence = torch.bincount(vertex)
     first = valence.cumsum(0) - valence
-    partners = torch.where(valence[vertex] <= _FAN, valence[vertex], 1)
-    a = torch.repeat_interleave(torch.arange(len(vertex), device=faces.device), partners)
-    step = torch.arange(len(a), device=faces.device) - (partners.cumsum(0) - partners)[a]
-    b = torch.where(valence[vertex[a]] <= _FAN, first[vertex[a]] + step, a)
-    face_a, face_b = corner[a] // 3, corner[b] // 3
-    smooth = (unit[face_a] * unit[face_b]).sum(-1) > math.cos(math.radians(crease_angle))
-    total = torch.zeros_like(own).index_add_(0, corner[a[smooth]], area[face_b[smooth]])
+    valence, first = valence[vertex], first[vertex]
+    total, least = torch.zeros_like(own), math.cos(math.radians(crease_angle))
+    for start in range(0, len(vertex), _CORNERS):
+        mine = slice(start, start + _CORNERS)
+        alone = valence[mine] > _FAN
+        partners = torch.where(alone, 1, valence[mine])
+        row = torch.repeat_interleave(partners)
+        step = torch.arange(len(row), device=faces.device) - (partners.cumsum(0) - partners)[row]
+        a = start + row
+        b = torch.where(alone[row], a, first[mine][row] + step)
+        face_a, face_b = corner[a] // 3, corner[b] // 3
+        smooth = (unit[face_a] * unit[face_b]).sum(-1) > least
+        total.index_add_(0, corner[a[smooth]], area[face_b[smooth]])
     length = total.norm(dim=-1, keepdim=True)
     return torch.where(length > 0, total / length.clamp(min=1e-30), own).view(-1, 3, 3)

@@ -1,12 +1,12 @@
 """Occupancy Networks' `data/ShapeNet`, and the rooms of Convolutional Occupancy Networks."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from vision3dgen.datasets.camera_files import read_cameras
 from vision3dgen.datasets.layouts.layout import (
     RENDER_SIZE,
     Layout,
@@ -186,30 +186,6 @@ class ConvONetRooms(Layout):
 
 def _read_picture(path: Path) -> np.ndarray:
     return read_image(path, mode="RGBA" if has_alpha(path) else "RGB")
-
-
-def read_cameras(path: Path, numbers: list[int]) -> dict[str, np.ndarray]:
-    """cameras.npz: the arrays KIND_0, KIND_1, ... stacked by kind (world_mat, camera_mat, ...)."""
-    flat = load_npz(path)
-    families: dict[str, dict[int, np.ndarray]] = {}
-    for key, value in flat.items():
-        found = re.fullmatch(r"(.+)_(\d+)", key)
-        if found is None:
-            raise FileError(f"{path}: {key!r} is no KIND_NUMBER, such as world_mat_0")
-        families.setdefault(found[1], {})[int(found[2])] = value
-    numbers = numbers or sorted(families.get("world_mat", {}))
-    arrays = {"numbers": np.array(numbers, np.int64)}
-    for kind, each in families.items():
-        absent = sorted(set(numbers) - set(each))
-        if absent:
-            raise FileError(f"{path}: no {kind}_{absent[0]}, but there is a picture {absent[0]:03d}")
-        arrays[kind] = np.stack([each[number] for number in numbers])
-    for kind, shape in (("world_mat", (3, 4)), ("camera_mat", (3, 3))):
-        if kind not in arrays or arrays[kind].shape[1:] != shape:
-            raise FileError(
-                f"{path}: {kind} must be {shape}, got {arrays[kind].shape[1:] if kind in arrays else 'none'}"
-            )
-    return arrays
 
 
 def write_cameras(path: Path, camera: Arrays, size: tuple[int, int]) -> None:

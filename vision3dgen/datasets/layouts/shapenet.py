@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vision3dgen.datasets.camera_files import read_cameras
 from vision3dgen.datasets.layouts.layout import (
     PICTURES,
     RENDER_SIZE,
@@ -18,7 +19,6 @@ from vision3dgen.datasets.layouts.layout import (
 from vision3dgen.datasets.layouts.onet import (
     FILES,
     OccupancyNetworks,
-    read_cameras,
     write_cameras,
     write_onet_lists,
     write_voxels,
