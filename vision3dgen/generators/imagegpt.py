@@ -36,6 +36,11 @@ class _Read:
         return self.memory.narrow(3, place, 1).unbind(), self.memory.narrow(3, 0, place + 1).unbind()
 
 
+def _gelu_of_scaled(x: Tensor) -> Tensor:
+    """√2 GELU(√2 x)."""
+    return torch.addcmul(x, x, torch.erf(x))
+
+
 def block_step(block: TransformerBlock, cache: Cache) -> Callable[..., Tensor]:
     """A block that normalizes first on the next token alone: (B, C) -> (B, C), which it overwrites.
 
@@ -43,12 +48,24 @@ def block_step(block: TransformerBlock, cache: Cache) -> Callable[..., Tensor]:
     """
     attention, first, second = block.self_attn, block.norm1, block.norm2
     assert attention.in_proj_bias is not None
-    layers = (attention.in_proj_weight, attention.out_proj.weight, block.linear1.weight, block.linear2.weight)
-    inward, outward, wide, narrow = cache.state(block, lambda: [weight.T.contiguous() for weight in layers])
-    in_bias, out_bias = attention.in_proj_bias, attention.out_proj.bias
-    wide_bias, narrow_bias = block.linear1.bias, block.linear2.bias
+    first_layer, second_layer = block.linear1, block.linear2
+    layers = (attention.in_proj_weight, attention.out_proj.weight, first_layer.weight, second_layer.weight)
+    activation: Callable[[Tensor], Tensor] = block.activation
+    # GELU(x) = x / 2 (1 + erf(x / √2)): with the constants in the weights, as torch's is slow for so few numbers
+    exact = isinstance(activation, nn.GELU) and activation.approximate == "none"
+    constant = 0.5**0.5 if exact else 1.0
+    scales = (1.0, 1.0, constant, constant)
+    inward, outward, wide, narrow, wide_bias = cache.state(
+        block,
+        lambda: [
+            *(scale * weight.T.contiguous() for weight, scale in zip(layers, scales)), constant * first_layer.bias
+        ],
+    )  # fmt: skip
+    if exact:
+        activation = _gelu_of_scaled
+    in_bias, out_bias, narrow_bias = attention.in_proj_bias, attention.out_proj.bias, second_layer.bias
     norms = [((norm.weight.shape[0],), norm.weight, norm.bias, norm.eps) for norm in (first, second)]
-    heads, activation = attention.heads, block.activation
+    heads = attention.heads
 
     def step(y: Tensor, own_key: Tensor, own_value: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         together = torch.addmm(in_bias, torch.layer_norm(y, *norms[0]), inward)
