@@ -2,10 +2,11 @@
 
     python benchmarks/detection.py --out runs/detection
 
-Draws the rooms, trains FCN, Faster R-CNN, Mask R-CNN, panoptic FPN and Mesh R-CNN as configured, and a U-Net for each
-upsampling that is asked for. Mask R-CNN starts from the Faster R-CNN, the next two from the Mask R-CNN, and their steps
-come on top. With --pennfudan, Faster R-CNN on photographs of pedestrians too, scored on the photographs that it was
-trained on and on the others.
+Draws the rooms, trains a sliding window, R-CNN, FCN, Faster R-CNN, Mask R-CNN, panoptic FPN and Mesh R-CNN as
+configured, and a U-Net for each upsampling that is asked for. Mask R-CNN starts from the Faster R-CNN, the next two
+from the Mask R-CNN, and their steps come on top. With --pennfudan, Faster R-CNN on photographs of pedestrians too,
+scored on the photographs that it was trained on and on the others. With --proposals, the share of the objects of both
+that a region nobody learned is on.
 Leaves in the output folder: table.md, table.jsonl, detections.png, meshes.png, segments.png, pedestrians.png and a run
 folder for each. Interrupted, it goes on where it was; CPU seconds are then those of the last part.
 """
@@ -25,11 +26,13 @@ from rich.markdown import Markdown
 
 from vision3dgen import viz
 from vision3dgen.config import load
-from vision3dgen.datasets import collate
+from vision3dgen.datasets import PennFudan, SceneInstances, collate
 from vision3dgen.engine import to_device
 from vision3dgen.experiment import Run, environment, predictor
 from vision3dgen.files import atomic_write
+from vision3dgen.heads import EdgeRegions, SelectiveSearchRegions, WindowRegions
 from vision3dgen.layers import UPSAMPLINGS
+from vision3dgen.ops import box_iou
 from vision3dgen.structures import Detections
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -45,6 +48,8 @@ class Trained(NamedTuple):
 
 FEW = ("trainer.steps=400", "trainer.schedule.warmup=20", "trainer.validation.every=200")
 TRAINED = {
+    "sliding window": Trained("detection_windows_scenes"),
+    "R-CNN": Trained("detection_rcnn_scenes"),
     "FCN": Trained("segmentation_fcn_scenes"),
     "Faster R-CNN": Trained("detection_fasterrcnn_scenes"),
     "Mask R-CNN": Trained("detection_maskrcnn_scenes", "Faster R-CNN", "", FEW),
@@ -83,6 +88,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="*", choices=TRAINED, default=list(TRAINED))
     parser.add_argument("--upsamplings", nargs="*", choices=UPSAMPLINGS, default=[], help="of U-Nets (default: none)")
     parser.add_argument("--pennfudan", type=Path, metavar="FOLDER", help="train on these photographs too")
+    parser.add_argument("--proposals", action="store_true", help="measure the recall of regions that nobody learned")
     parser.add_argument("--preset", help="a named set of overrides in the configurations, such as tiny")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -104,6 +110,11 @@ def main() -> int:
         seconds = trained(model, run)
         rows += [row_of(model, run, seconds, split, device) for split in ("train", "test")]
         pedestrians(options.out / "pedestrians.png", run, device)
+    if options.proposals:
+        folders = {"rooms, test": SceneInstances(str(options.rooms or options.out / "rooms"), "test", fields=[])}
+        if options.pennfudan is not None:
+            folders["pedestrians"] = PennFudan(str(options.pennfudan), "train", max_side=256)
+        write_recalls(options.out / "proposals.md", folders)
     write_tables(options.out, rows)
     draw(options.out, runs, device)
     console.print(Markdown((options.out / "table.md").read_text()))
@@ -164,6 +175,56 @@ def milliseconds(run: Run, device: torch.device) -> float:
     return 1000 * (time.process_time() - began) / len(batches)
 
 
+# --------------------------------------------------------------------------------------------------------- proposals
+
+REGIONS = {
+    "sliding windows": WindowRegions(sides=(16, 24, 36, 54, 81, 122), ratios=(0.4, 0.7, 1.0, 1.7, 2.5), overlap=0.6),
+    "selective search": SelectiveSearchRegions(),
+    "edge boxes": EdgeRegions(),
+}
+COUNTS, OVERLAPS = (10, 100, 1000), (0.5, 0.7)
+
+
+def best_overlap(boxes: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    return box_iou(boxes, found).amax(1) if len(found) else torch.zeros(len(boxes))
+
+
+def write_recalls(path: Path, folders: Mapping[str, Any]) -> None:
+    """The share of all objects that one of the first regions overlaps enough; CPU milliseconds of an image."""
+    heads = [f"{count} at {overlap}" for overlap in OVERLAPS for count in COUNTS]
+    text = [f"| images | objects | regions | {' | '.join(heads)} | mean count | ms per image |"]
+    text.append("| --- | ---: | --- |" + " ---: |" * (len(heads) + 2))
+    for name, dataset in folders.items():
+        items = [dataset[index] for index in range(len(dataset))]
+        objects = sum(len(item["boxes"]) for item in items)
+        for kind, regions in REGIONS.items():
+            found, began = [], time.process_time()
+            for item in items:
+                boxes, _ = regions.find(item["image"])
+                draws = torch.Generator().manual_seed(0)
+                found.append(boxes[torch.randperm(len(boxes), generator=draws)] if kind == "sliding windows" else boxes)
+            each = 1000 * (time.process_time() - began) / len(items)
+            best = [
+                [
+                    box_iou(item["boxes"], own[:count]).amax(1) if len(own) else torch.zeros(len(item["boxes"]))
+                    for count in COUNTS
+                ]
+                for item, own in zip(items, found)
+                if len(item["boxes"])
+            ]
+            recall = [
+                float(torch.cat([overlaps[index] >= least for overlaps in best]).float().mean())
+                for least in OVERLAPS
+                for index in range(len(COUNTS))
+            ]
+            count = sum(map(len, found)) / len(found)
+            shares = " | ".join(f"{value:.2f}" for value in recall)
+            text.append(f"| {name} | {objects} | {kind} | {shares} | {count:.0f} | {each:.0f} |")
+            console.print(text[-1])
+    with atomic_write(path) as file:
+        file.write("\n".join([*text, ""]).encode())
+
+
 # ------------------------------------------------------------------------------------------------------------ tables
 
 
@@ -211,18 +272,20 @@ def draw(out: Path, runs: Mapping[str, Run], device: torch.device) -> None:
         Detections(boxes, torch.ones(len(boxes)), labels, masks, own)
         for boxes, labels, masks, own in zip(batch["boxes"], batch["labels"], batch["masks"], meshes)
     ]
-    plain = {name: found[name] for name in ("Faster R-CNN", "Mask R-CNN") if name in found}
+    plain = {name: found[name] for name in ("sliding window", "R-CNN", "Faster R-CNN", "Mask R-CNN") if name in found}
     if plain:
         seen = [truth._replace(meshes=None) for truth in truths]
         enlarged = [enlarge(image) for image in images]
         bigger = {name: [grow(own) for own in each] for name, each in plain.items()}
         viz.detection_gallery(enlarged, [grow(own) for own in seen], bigger, out / "detections.png", names=names)
     if "Mesh R-CNN" in found:
-        cameras = [batch["camera"][index] for index in range(len(images))]
-        shapes = [truth._replace(masks=None) for truth in truths]
-        mine = [own._replace(masks=None) for own in found["Mesh R-CNN"]]
+        sizes = [(2 * image.shape[1], 2 * image.shape[2]) for image in images]
+        cameras = [batch["camera"][index].resize(size) for index, size in enumerate(sizes)]
+        shapes = [grow(truth._replace(masks=None)) for truth in truths]
+        mine = [grow(own._replace(masks=None)) for own in found["Mesh R-CNN"]]
+        seen_large = [enlarge(image) for image in images]
         viz.detection_gallery(
-            images, shapes, {"Mesh R-CNN": mine}, out / "meshes.png", names=names, by="object", cameras=cameras
+            seen_large, shapes, {"Mesh R-CNN": mine}, out / "meshes.png", names=names, by="object", cameras=cameras
         )
     pixels = {name: found[name] for name in ("FCN", "panoptic FPN") if name in found}
     if pixels:

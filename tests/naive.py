@@ -794,3 +794,75 @@ def panoptic_matches(found, found_labels, true, true_labels, crowd):
         if len(other & set().union(void, *crowds)) <= len(other) / 2:
             wrong.append(label)
     return matched, missed, wrong
+
+
+def graph_segments(image, scale, smallest):
+    """Felzenszwalb and Huttenlocher by the definition: Int(C) is the heaviest edge of C's minimum spanning tree."""
+    channels, height, width = image.shape
+    edges = []
+    for number, (dy, dx) in enumerate(((0, 1), (1, 0), (1, 1), (1, -1))):
+        for y in range(height):
+            for x in range(width):
+                if 0 <= y + dy < height and 0 <= x + dx < width:
+                    difference = math.sqrt(
+                        sum(
+                            (255 * float(image[c, y, x]) - 255 * float(image[c, y + dy, x + dx])) ** 2
+                            for c in range(channels)
+                        )
+                    )
+                    edges.append((difference, number, len(edges), (y, x), (y + dy, x + dx)))
+    edges.sort(key=lambda edge: (edge[0], edge[2]))
+    of = {(y, x): {(y, x)} for y in range(height) for x in range(width)}
+
+    def heaviest(component):
+        inside, total = {pixel: {pixel} for pixel in component}, 0.0
+        for weight, _, _, a, b in edges:
+            if a in component and b in component and inside[a] is not inside[b]:
+                total = weight
+                joined = inside[a] | inside[b]
+                for pixel in joined:
+                    inside[pixel] = joined
+        return total
+
+    def join(a, b):
+        joined = of[a] | of[b]
+        for pixel in joined:
+            of[pixel] = joined
+
+    for weight, _, _, a, b in edges:
+        if of[a] is not of[b] and weight <= min(heaviest(c) + scale / len(c) for c in (of[a], of[b])):
+            join(a, b)
+    for _, _, _, a, b in edges:
+        if of[a] is not of[b] and min(len(of[a]), len(of[b])) < smallest:
+            join(a, b)
+    numbers = {}
+    return [[numbers.setdefault(id(of[y, x]), len(numbers)) for x in range(width)] for y in range(height)]
+
+
+def edge_box_scores(contours, boxes, kappa):
+    """Equations 2 to 4 of edge boxes, with all paths between groups tried one edge at a time."""
+    strength, group, weights, affinity = contours
+    height, width = group.shape
+    scores = []
+    for x0, y0, x1, y1 in boxes:
+        pixels = {number: [] for number in range(len(weights))}
+        for y in range(height):
+            for x in range(width):
+                if group[y, x] >= 0:
+                    pixels[group[y, x]].append(x0 <= x < x1 and y0 <= y < y1)
+        crossing = [number for number, inside in pixels.items() if any(inside) and not all(inside)]
+        total = 0.0
+        for number, inside in pixels.items():
+            if all(inside):
+                total += (1 - max([float(affinity[other, number]) for other in crossing], default=0.0)) * weights[
+                    number
+                ]
+        quarter_x, quarter_y = (x1 - x0) / 4, (y1 - y0) / 4
+        for y in range(height):
+            for x in range(width):
+                if round(x0 + quarter_x) <= x < round(x1 - quarter_x) and round(y0 + quarter_y) <= y < round(
+                    y1 - quarter_y
+                ):
+                    total -= strength[y, x]
+        scores.append(total / (2 * (x1 - x0 + y1 - y0) ** kappa))
+    return scores

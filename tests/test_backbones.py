@@ -146,6 +146,8 @@ def test_channels_and_strides_are_what_the_network_says(network):
 
 
 def test_every_parameter_gets_a_gradient(network):
+    if not any(True for _ in network.parameters()):
+        return  # the picture itself
     network.train()
     network.zero_grad()
     maps = network(images(network))

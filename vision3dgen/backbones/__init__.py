@@ -29,6 +29,7 @@ from vision3dgen.backbones.multiview import MultiViewEncoder as MultiViewEncoder
 from vision3dgen.backbones.multiview import R2N2Encoder as R2N2Encoder
 from vision3dgen.backbones.multiview import ViewEncoder as ViewEncoder
 from vision3dgen.backbones.multiview import ViewPooling as ViewPooling
+from vision3dgen.backbones.pixels import Pixels as Pixels
 from vision3dgen.backbones.points import DGCNN as DGCNN
 from vision3dgen.backbones.points import POINT_ENCODERS as POINT_ENCODERS
 from vision3dgen.backbones.points import PointEncoder as PointEncoder
@@ -58,5 +59,6 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
     **VITS,
     **FPNS,
     **HYBRIDS,
+    "pixels": Pixels,
     "r2n2": R2N2Encoder,
 }

@@ -13,6 +13,7 @@ from vision3dgen.heads.atlas import Sphere as Sphere
 from vision3dgen.heads.atlas import Squares as Squares
 from vision3dgen.heads.box import BoxHead as BoxHead
 from vision3dgen.heads.box import Selection as Selection
+from vision3dgen.heads.crop import CropHead as CropHead
 from vision3dgen.heads.decoder import SkipDecoder as SkipDecoder
 from vision3dgen.heads.depth import DEPTH_LOSSES as DEPTH_LOSSES
 from vision3dgen.heads.depth import DepthHead as DepthHead
@@ -50,6 +51,10 @@ from vision3dgen.heads.refinement import RefinementStage as RefinementStage
 from vision3dgen.heads.refinement import StageLosses as StageLosses
 from vision3dgen.heads.refinement import TrueSurface as TrueSurface
 from vision3dgen.heads.refinement import true_surface as true_surface
+from vision3dgen.heads.regions import EdgeRegions as EdgeRegions
+from vision3dgen.heads.regions import Regions as Regions
+from vision3dgen.heads.regions import SelectiveSearchRegions as SelectiveSearchRegions
+from vision3dgen.heads.regions import WindowRegions as WindowRegions
 from vision3dgen.heads.roi import Canvas as Canvas
 from vision3dgen.heads.roi import RoIHead as RoIHead
 from vision3dgen.heads.roi import Samples as Samples
@@ -87,6 +92,7 @@ HEADS: dict[str, type[Head]] = {
 
 ROI_HEADS: dict[str, type[RoIHead]] = {
     "box": BoxHead,
+    "crop": CropHead,
     "mask": MaskHead,
     "mesh": RoIMeshHead,
 }

@@ -135,7 +135,7 @@ class BoxHead(RoIHead):
             self.box_head = TwoLayers(inputs * pooling.resolution**2, width)
         else:
             self.box_head = convolutions_and_layer(inputs, pooling.resolution, width)
-        self.box_predictor = BoxPredictor(width, classes)
+        self.box_predictor: nn.Module = BoxPredictor(width, classes)
 
     def forward(self, maps: Sequence[Tensor], boxes: Sequence[Float[Tensor, "_ 4"]]) -> BoxAnswers:
         return self.box_predictor(self.box_head(self.pooling(maps, boxes, self.strides)))

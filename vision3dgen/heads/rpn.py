@@ -4,7 +4,7 @@ Source: Ren et al. 2015, Faster R-CNN (arXiv:1506.01497), on a pyramid as in Lin
 Parameter names and defaults are torchvision's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from vision3dgen.heads.anchors import Anchors
 from vision3dgen.heads.assigner import Assigner, BalancedSampler, counts_of
+from vision3dgen.heads.regions import EdgeRegions, SelectiveSearchRegions, WindowRegions
 from vision3dgen.heads.roi import Canvas, Truth
 from vision3dgen.ops import batched_nms, clip_boxes_to_image, decode_boxes, encode_boxes, remove_small_boxes
 from vision3dgen.structures import Detections
@@ -144,5 +145,10 @@ class RPN(nn.Module):
         return {"objectness": entropy / count, "rpn_box": distance / count}
 
 
-# Sections that make a region proposal network in a configuration.
-RPNS = {"rpn": RPN}
+# Where regions come from, in a configuration.
+RPNS: dict[str, Callable[..., nn.Module]] = {
+    "rpn": RPN,
+    "windows": WindowRegions,
+    "selective_search": SelectiveSearchRegions,
+    "edge_boxes": EdgeRegions,
+}

@@ -25,6 +25,8 @@ from vision3dgen.models.rcnn import fast_rcnn as fast_rcnn
 from vision3dgen.models.rcnn import faster_rcnn as faster_rcnn
 from vision3dgen.models.rcnn import mask_rcnn as mask_rcnn
 from vision3dgen.models.rcnn import mesh_rcnn as mesh_rcnn
+from vision3dgen.models.rcnn import sliding_window as sliding_window
+from vision3dgen.models.rcnn import slow_rcnn as slow_rcnn
 from vision3dgen.models.recognition import Classifier as Classifier
 from vision3dgen.models.recognition import FullyConnected as FullyConnected
 from vision3dgen.models.recognition import LinearClassifier as LinearClassifier
@@ -50,6 +52,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "classifier": Classifier,
     "captioning": Captioner,
     "masked_language": MaskedLanguageModel,
+    "sliding_window": sliding_window,
+    "slow_rcnn": slow_rcnn,
     "fast_rcnn": fast_rcnn,
     "faster_rcnn": faster_rcnn,
     "mask_rcnn": mask_rcnn,

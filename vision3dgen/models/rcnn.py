@@ -1,8 +1,9 @@
 """Detectors of regions: a backbone, where objects may be, and heads that each say one thing of a region.
 
-Source: Girshick 2015, Fast R-CNN (arXiv:1504.08083); Ren et al. 2015, Faster R-CNN (arXiv:1506.01497); He et al. 2017,
-Mask R-CNN (arXiv:1703.06870); Gkioxari et al. 2019, Mesh R-CNN (arXiv:1906.02739). With a ResNet-50 pyramid, parameter
-names and shapes, and what comes out, are those of torchvision's fasterrcnn_resnet50_fpn and maskrcnn_resnet50_fpn.
+Source: Girshick et al. 2014, R-CNN (arXiv:1311.2524); Girshick 2015, Fast R-CNN (arXiv:1504.08083); Ren et al. 2015,
+Faster R-CNN (arXiv:1506.01497); He et al. 2017, Mask R-CNN (arXiv:1703.06870); Gkioxari et al. 2019, Mesh R-CNN
+(arXiv:1906.02739). With a ResNet-50 pyramid, parameter names and shapes, and what comes out, are those of torchvision's
+fasterrcnn_resnet50_fpn and maskrcnn_resnet50_fpn.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,12 +16,14 @@ from torch import Tensor, nn
 from vision3dgen.backbones import Backbone
 from vision3dgen.config import Named
 from vision3dgen.heads.assigner import Assigner, BalancedSampler
+from vision3dgen.heads.regions import Regions
 from vision3dgen.heads.roi import Canvas, RoIHead, Samples, Truth, check_classes
 from vision3dgen.heads.rpn import RPN
 from vision3dgen.models.resizing import Resizing
 from vision3dgen.ops import box_iou, clip_boxes_to_image
 from vision3dgen.structures import Detections
 
+Proposer = RPN | Regions
 ASSIGNER, SAMPLER = Assigner(0.5, 0.5), BalancedSampler(512, 0.25)  # of the proposals
 
 
@@ -36,7 +39,7 @@ class RCNN(nn.Module):
     takes = "image"
 
     def __init__(
-        self, backbone: Backbone, heads: Mapping[str, RoIHead], rpn: RPN | None = None, *,
+        self, backbone: Backbone, heads: Mapping[str, RoIHead], rpn: Proposer | None = None, *,
         resizing: Resizing | None = None, assigner: Assigner = ASSIGNER, sampler: BalancedSampler = SAMPLER,
         weights: Mapping[str, float] | None = None,
     ):  # fmt: skip
@@ -179,6 +182,23 @@ RESIZINGS: dict[str, type[Resizing]] = {"resizing": Resizing}
 Resized = Annotated[Resizing | None, Named(RESIZINGS, "resizing")]
 
 
+def sliding_window(
+    backbone: Backbone, rpn: Proposer, box: RoIHead, *, resizing: Resized = None, assigner: Assigner = ASSIGNER,
+    sampler: BalancedSampler = SAMPLER,
+) -> RCNN:  # fmt: skip
+    """Every window of a picture cut out and classified, and what overlaps suppressed: `pixels`, `windows`, `crop`."""
+    return RCNN(backbone, {"box": box}, rpn, resizing=resizing, assigner=assigner, sampler=sampler)
+
+
+def slow_rcnn(
+    backbone: Backbone, rpn: Proposer, box: RoIHead, *, resizing: Resized = None, assigner: Assigner = ASSIGNER,
+    sampler: BalancedSampler = SAMPLER, weights: Mapping[str, float] | None = None,
+) -> RCNN:  # fmt: skip
+    """R-CNN as it was first: regions that nobody learned (`selective_search`), cut out of `pixels`, each seen by the
+    network of a `crop` head, classified and moved."""
+    return RCNN(backbone, {"box": box}, rpn, resizing=resizing, assigner=assigner, sampler=sampler, weights=weights)
+
+
 def fast_rcnn(
     backbone: Backbone, box: RoIHead, *, resizing: Resized = None, assigner: Assigner = ASSIGNER,
     sampler: BalancedSampler = SAMPLER, weights: Mapping[str, float] | None = None,
@@ -188,7 +208,7 @@ def fast_rcnn(
 
 
 def faster_rcnn(
-    backbone: Backbone, rpn: RPN, box: RoIHead, *, resizing: Resized = None, assigner: Assigner = ASSIGNER,
+    backbone: Backbone, rpn: Proposer, box: RoIHead, *, resizing: Resized = None, assigner: Assigner = ASSIGNER,
     sampler: BalancedSampler = SAMPLER, weights: Mapping[str, float] | None = None,
 ) -> RCNN:  # fmt: skip
     """Proposals of a network on the same maps, classified and moved."""
@@ -196,7 +216,7 @@ def faster_rcnn(
 
 
 def mask_rcnn(
-    backbone: Backbone, rpn: RPN, box: RoIHead, mask: RoIHead, *, resizing: Resized = None,
+    backbone: Backbone, rpn: Proposer, box: RoIHead, mask: RoIHead, *, resizing: Resized = None,
     assigner: Assigner = ASSIGNER, sampler: BalancedSampler = SAMPLER, weights: Mapping[str, float] | None = None,
 ) -> RCNN:  # fmt: skip
     """A Faster R-CNN whose detections have masks."""
@@ -205,7 +225,7 @@ def mask_rcnn(
 
 
 def mesh_rcnn(
-    backbone: Backbone, rpn: RPN, box: RoIHead, mask: RoIHead, mesh: RoIHead, *, resizing: Resized = None,
+    backbone: Backbone, rpn: Proposer, box: RoIHead, mask: RoIHead, mesh: RoIHead, *, resizing: Resized = None,
     assigner: Assigner = ASSIGNER, sampler: BalancedSampler = SAMPLER, weights: Mapping[str, float] | None = None,
 ) -> RCNN:  # fmt: skip
     """A Mask R-CNN whose detections have meshes, in the frame of the camera (`batch["camera"]`)."""

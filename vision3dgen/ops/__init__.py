@@ -8,6 +8,9 @@ from vision3dgen.ops.boxes2d import encode_boxes as encode_boxes
 from vision3dgen.ops.boxes2d import generalized_box_iou as generalized_box_iou
 from vision3dgen.ops.boxes2d import masks_to_boxes as masks_to_boxes
 from vision3dgen.ops.boxes2d import remove_small_boxes as remove_small_boxes
+from vision3dgen.ops.contours import Contours as Contours
+from vision3dgen.ops.contours import EdgeBoxes as EdgeBoxes
+from vision3dgen.ops.contours import edge_boxes as edge_boxes
 from vision3dgen.ops.depth import depth_to_mesh as depth_to_mesh
 from vision3dgen.ops.depth import depth_to_pointclouds as depth_to_pointclouds
 from vision3dgen.ops.depth import depth_to_points as depth_to_points
@@ -44,6 +47,8 @@ from vision3dgen.ops.points import packed_to_padded as packed_to_padded
 from vision3dgen.ops.points import padded_to_packed as padded_to_packed
 from vision3dgen.ops.points import sample_farthest_points as sample_farthest_points
 from vision3dgen.ops.points import wmean as wmean
+from vision3dgen.ops.proposals import selective_search as selective_search
+from vision3dgen.ops.proposals import sliding_windows as sliding_windows
 from vision3dgen.ops.rasterize import Rasterization as Rasterization
 from vision3dgen.ops.rasterize import rasterize as rasterize
 from vision3dgen.ops.refine import field_normals as field_normals
@@ -61,6 +66,7 @@ from vision3dgen.ops.rois import paste_binary_masks as paste_binary_masks
 from vision3dgen.ops.rois import paste_masks as paste_masks
 from vision3dgen.ops.rois import roi_align as roi_align
 from vision3dgen.ops.rois import roi_pool as roi_pool
+from vision3dgen.ops.segments import graph_segments as graph_segments
 from vision3dgen.ops.suppression import batched_nms as batched_nms
 from vision3dgen.ops.suppression import nms as nms
 from vision3dgen.ops.suppression import soft_nms as soft_nms
