@@ -142,6 +142,7 @@ def contests(device: torch.device) -> Iterator[Contest]:
     yield from point_contests(device)
     yield from mesh_contests(device)
     yield from volume_contests(device)
+    yield from box_contests(device)
     if device.type == "cpu":
         yield from cpu_contests()
 
@@ -362,6 +363,82 @@ def volume_contests(device: torch.device) -> Iterator[Contest]:
 
         run["scikit-image"] = lambda: marching_cubes(ball.numpy(), 0.0)
     yield Contest("marching_cubes", "128^3", run)
+
+
+def box_contests(device: torch.device) -> Iterator[Contest]:
+    """Suppression and regions of maps, against torch loops, kornia, and torchvision where it can be imported."""
+    from kornia.geometry.bbox import nms as kornia_nms
+    from kornia.geometry.transform import crop_and_resize
+
+    theirs = torchvision_ops()
+    for count in (1000, 10_000):
+        corner, size, scores = (cloud(count, n, seed=9 + n, device=device) for n in (2, 3, 1))
+        boxes = torch.cat([600 * corner, 600 * corner + 10 + 90 * size[:, :2]], 1)
+        run: dict[str, Run] = {
+            "vision3dgen": lambda b=boxes, s=scores[:, 0]: ops.nms(b, s, 0.5),
+            "torch loop": lambda b=boxes, s=scores[:, 0]: looped_nms(b, s, 0.5),
+            "kornia": lambda b=boxes, s=scores[:, 0]: kornia_nms(b, s, 0.5),
+        }
+        if theirs is not None:
+            run["torchvision"] = lambda b=boxes, s=scores[:, 0]: theirs.nms(b, s, 0.5)
+        yield Contest("nms", f"{count} boxes", run)
+    corner, size = cloud(256, 2, seed=20, device=device), cloud(256, 2, seed=21, device=device)
+    boxes = torch.cat([500 * corner, 500 * corner + 20 + 200 * size], 1)
+    regions = torch.cat([torch.arange(256, device=device)[:, None] % 2, boxes], 1)
+    for passes in (False, True):
+        maps = cloud(2, 128, 50, 50, seed=22, device=device).requires_grad_(passes)
+        run = {
+            "vision3dgen": lambda m=maps: ops.roi_align(m, regions, 7, 1 / 16, 2, True).sum(),
+            "torch loop": lambda m=maps: looped_roi_align(m, regions, 7, 1 / 16, 2).sum(),
+            # one bilinear sample in the middle of a bin, where RoIAlign has four
+            "kornia crop_and_resize": lambda m=maps: crop_and_resize(
+                m[regions[:, 0].long()], corners_of(regions[:, 1:] / 16), (7, 7)
+            ).sum(),
+        }
+        if theirs is not None:
+            run["torchvision"] = lambda m=maps: theirs.roi_align(m, regions, 7, 1 / 16, 2, True).sum()
+        yield Contest("roi_align", "256 regions of 2 x 128 x 50 x 50, 7 x 7", run, (maps,) if passes else ())
+
+
+def looped_nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
+    """A box at a time against all that are left: what one writes without a library."""
+    left, kept = scores.argsort(descending=True), []
+    while len(left):
+        best, left = left[0], left[1:]
+        kept.append(best)
+        left = left[ops.box_iou(boxes[best][None], boxes[left])[0] <= threshold]
+    return torch.stack(kept)
+
+
+def looped_roi_align(maps: Tensor, regions: Tensor, size: int, scale: float, samples: int) -> Tensor:
+    """A region at a time by `grid_sample`."""
+    height, width = maps.shape[2:]
+    steps = (torch.arange(size * samples, device=maps.device) + 0.5) / (size * samples)
+    found = []
+    for region in regions:
+        x0, y0, x1, y1 = (region[1:] * scale).unbind()
+        x, y = x0 + steps * (x1 - x0), y0 + steps * (y1 - y0)
+        grid = torch.stack(torch.meshgrid(2 * y / height - 1, 2 * x / width - 1, indexing="ij")[::-1], -1)
+        sampled = torch.nn.functional.grid_sample(maps[int(region[0])][None], grid[None], align_corners=False)
+        found.append(torch.nn.functional.avg_pool2d(sampled, samples)[0])
+    return torch.stack(found)
+
+
+def corners_of(boxes: Tensor) -> Tensor:
+    """The four corners (N, 4, 2) of boxes, clockwise from the top left."""
+    x0, y0, x1, y1 = boxes.unbind(1)
+    return torch.stack([torch.stack(each, 1) for each in ((x0, y0), (x1, y0), (x1, y1), (x0, y1))], 1)
+
+
+def torchvision_ops() -> Any:
+    """torchvision.ops, None where there is none or it does not import beside this torch."""
+    if importlib.util.find_spec("torchvision") is None:
+        return None
+    try:
+        return importlib.import_module("torchvision.ops")
+    except (ImportError, RuntimeError) as error:
+        console.print(f"torchvision is left out: {error}")
+        return None
 
 
 def cpu_contests() -> Iterator[Contest]:
