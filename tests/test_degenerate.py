@@ -605,6 +605,10 @@ EXEMPT = {
     "use_backend": "chooses an implementation, computes nothing",
     "Extraction": "the result of extract_surface",
     "Rasterization": "the result of rasterize",
+    **dict.fromkeys(
+        ("Contours", "EdgeBoxes", "edge_boxes", "graph_segments", "selective_search", "sliding_windows"),
+        "takes pictures: tests/test_proposals.py",
+    ),
     "ico_sphere": "takes no geometry",
     "torus": "takes no geometry",
     "softmax_cross_entropy": "takes scores and labels: tests/test_recognition.py",

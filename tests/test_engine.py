@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from vision3dgen.engine import (
     Objective,
     Optimizer,
     Penalty,
+    ProcessLost,
     Record,
     Schedule,
     ShuffleSampler,
@@ -516,12 +518,12 @@ def free_port() -> int:
 SHARED = {"update": Update(accumulate=2, ema=0.5), "record": Record(log_every=1), "steps": 3}
 
 
-def one_of_two(rank: int, port: int, folder: Path) -> None:
-    """A process of the pair: three steps of each model, then gradients and weights to a file."""
+def one_of_several(rank: int, port: int, folder: Path, world: int) -> None:
+    """A process of a group: three steps of each model, then gradients and weights to a file."""
     torch.set_num_threads(1)
     os.environ.update(
         ACCELERATE_USE_CPU="true", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
     )  # fmt: skip
     for kind in (Line, Rivals):
         model = kind()
@@ -545,12 +547,13 @@ def outcome(run: Trainer) -> dict[str, Any]:
     }
 
 
-def test_two_processes_equal_one_with_the_combined_batch(tmp_path: Path):
-    torch.multiprocessing.spawn(one_of_two, (free_port(), tmp_path), nprocs=2)
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_equal_one_with_the_combined_batch(tmp_path: Path, world: int):
+    torch.multiprocessing.spawn(one_of_several, (free_port(), tmp_path, world), nprocs=world)
     for kind in (Line, Rivals):
         name = kind.__name__
-        first, second = (torch.load(tmp_path / f"{name}{rank}.pt") for rank in (0, 1))
-        single = trainer(tmp_path / "single" / name, kind(), batch_size=4, **SHARED)
+        first, second = (torch.load(tmp_path / f"{name}{rank}.pt") for rank in (0, world - 1))
+        single = trainer(tmp_path / "single" / name, kind(), batch_size=2 * world, **SHARED)
         single.fit()
         expected = outcome(single)
         for what in ("gradients", "weights", "average"):
@@ -563,6 +566,50 @@ def test_two_processes_equal_one_with_the_combined_batch(tmp_path: Path):
             for run in (tmp_path / name, tmp_path / "single" / name)
         )
         assert pair == pytest.approx(alone)
+
+
+def until_lost(rank: int, port: int, folder: Path, world: int) -> None:
+    """A process of a run without end; what it was told when another was gone, to a file."""
+    torch.set_num_threads(1)
+    os.environ.update(
+        ACCELERATE_USE_CPU="true", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+    )  # fmt: skip
+    run = trainer(folder / "run", batch_size=2, steps=10**6, record=Record(log_every=10, checkpoint_every=10))
+    try:
+        run.fit()
+    except ProcessLost as error:
+        (folder / f"{rank}.txt").write_text(str(error))
+    os._exit(1)  # without waiting for the one that is gone
+
+
+def test_a_process_that_dies_stops_the_others_and_any_number_goes_on(tmp_path: Path, capfd):
+    context, port = torch.multiprocessing.get_context("spawn"), free_port()
+    group = [context.Process(target=until_lost, args=(rank, port, tmp_path, 3)) for rank in range(3)]
+    for process in group:
+        process.start()
+    began = time.monotonic()
+    while latest(tmp_path / "run") is None:
+        assert time.monotonic() - began < 120, "no checkpoint"
+        time.sleep(0.1)
+    group[1].kill()
+    for process in group:
+        process.join(60)
+        assert not process.is_alive()
+    for rank in (0, 2):
+        said = (tmp_path / f"{rank}.txt").read_text()
+        assert f"process {rank} of 3 lost another one" in said
+        assert "is whole: resume" in said
+    newest = latest(tmp_path / "run")
+    step = int(newest.name.removeprefix("step_"))
+    capfd.readouterr()
+    alone = trainer(tmp_path / "run", batch_size=6, steps=step + 5, record=Record(log_every=1))
+    assert alone.fit(resume=True).step == step + 5
+    assert f"step {step} was saved by 3 process(es), this run has 1" in capfd.readouterr().out
+    unbroken = trainer(tmp_path / "unbroken", batch_size=6, steps=step + 5, record=Record(log_every=10**7))
+    unbroken.fit()
+    for mine, other in zip(alone.model.parameters(), unbroken.model.parameters()):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12)
 
 
 # Data

@@ -13,8 +13,8 @@ from vision3dgen import __version__
 # Modules are imported in the functions: `vision3dgen --help` must not wait for torch.
 
 EXIT_CODES = """exit codes: 0 done; 1 some items were rejected or failed, doctor found faults (they are listed), or
-training met a number that is not finite; 2 bad arguments, configuration or input; 128 + N stopped by signal N
-after saving a checkpoint"""
+training met a number that is not finite or lost a process; 2 bad arguments, configuration or input; 128 + N stopped
+by signal N after saving a checkpoint"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"vision3dgen {options.command}: {error}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2
+        return 1 if isinstance(error, FloatingPointError | ConnectionError) else 2
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -40,6 +40,7 @@ from vision3dgen.engine.optim import freeze as freeze
 from vision3dgen.engine.optim import layerwise_scales as layerwise_scales
 from vision3dgen.engine.optim import lr_factor as lr_factor
 from vision3dgen.engine.optim import recompute_batch_norm as recompute_batch_norm
+from vision3dgen.engine.processes import ProcessLost as ProcessLost
 from vision3dgen.engine.processes import gather_items as gather_items
 from vision3dgen.engine.processes import main_process_first as main_process_first
 from vision3dgen.engine.processes import share as share

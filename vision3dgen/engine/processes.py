@@ -1,7 +1,7 @@
 """The processes of a run: which this one is, and items divided so that none is counted twice or left out."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,6 +66,33 @@ def raised_by_all() -> Iterator[int]:
     for number, message in enumerate(said):
         if message is not None:
             raise RuntimeError(f"process {number} failed: {message}")
+
+
+class ProcessLost(ConnectionError):
+    """Another process of this run is gone, so the work that they share cannot go on."""
+
+
+# What the backends say when a peer does not answer any more.
+_GONE = ("closed by peer", "reset by peer", "remote worker", "Broken pipe", "NCCL", "timed out", "Timed out")
+
+
+@contextmanager
+def loss_named(state: Callable[[], str]) -> Iterator[None]:
+    """Run the block; where a backend fails because another process is gone, raise `ProcessLost` with `state()`.
+
+    The backends find out by themselves, gloo within seconds, NCCL within its time-out (ten minutes by default).
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        own = processes()
+        if own.num_processes == 1 or not any(word in str(error) for word in _GONE):
+            raise
+        said = str(error).strip().splitlines()[0]
+        raise ProcessLost(
+            f"process {own.process_index} of {own.num_processes} lost another one, which died or hangs: {state()} "
+            f"({said})"
+        ) from error
 
 
 def gather_items(indices: Sequence[int], values: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ from vision3dgen.engine.optim import (
     set_lr,
     train_mode,
 )
-from vision3dgen.engine.processes import on_cpu
+from vision3dgen.engine.processes import loss_named, on_cpu
 from vision3dgen.engine.seeding import mix, preserved_rng, rng_state, seed_all, set_rng_state
 from vision3dgen.engine.settings import PRECISIONS, Record, Update, Validation, check_same
 from vision3dgen.engine.sharding import full, gather_weights, local, scatter_state, scatter_weights, shard
@@ -166,7 +166,7 @@ class Trainer:
         main = self.accelerator.is_main_process
         log = Log(self.run_dir, self.step, self.steps, tensorboard=self.record.tensorboard, active=main)
 
-        with log, Interrupt() as interrupt:
+        with loss_named(self._where), log, Interrupt() as interrupt:
             while self.step < self.steps and not self._out_of_patience():
                 losses = self.train_step([self._next(batches) for _ in range(self.update.accumulate)])
                 self.step += 1
@@ -204,6 +204,13 @@ class Trainer:
         found = checkpoint.best(self.run_dir) or checkpoint.latest(self.run_dir)
         assert found is not None
         return Result(self.step, self.step < self.steps, self.best, found)
+
+    def _where(self) -> str:
+        """Where a run that is broken off stands, and how it goes on."""
+        newest = checkpoint.latest(self.run_dir)
+        if newest is None:
+            return f"stopped in step {self.step + 1}, before the first checkpoint"
+        return f"stopped in step {self.step + 1}; {newest} is whole: resume, with any number of processes"
 
     def train_step(self, batches: Sequence[Any]) -> dict[str, Tensor]:
         """Update every part once on the same batches; returns the losses and the norm of each part's gradient."""
@@ -469,10 +476,6 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`; settings that would make it another run are a ValueError naming them."""
         check_same(state["settings"], self.settings)
-        if len(state["rng"]) != self.accelerator.num_processes:
-            raise ValueError(
-                f"it was saved by {len(state['rng'])} process(es), this run has {self.accelerator.num_processes}"
-            )
         for part, optimizer in self.optimizers.items():
             optimizer.load_state_dict(scatter_state(state["optimizers"][part], optimizer))
         self.scaler.load_state_dict(state["scaler"])
@@ -481,12 +484,20 @@ class Trainer:
         if self.swa:
             self.swa.load_state_dict(state["swa"])
         self.sampler.load_state_dict(state["sampler"])
-        means = state["mean"]  # of each process; in checkpoints of schema 1 the first one's
-        mean = means[self.accelerator.process_index] if isinstance(means, list) else means
-        self.mean.load_state_dict(mean, self.device)
         self.step, self.seconds, self.metrics = state["step"], state["seconds"], state["metrics"]
         self.best, self.stale = state["best"], state["stale"]
-        set_rng_state(state["rng"][self.accelerator.process_index])
+        means, states = state["mean"], state["rng"]  # of each process; in checkpoints of schema 1 the first one's
+        number, count = self.accelerator.process_index, self.accelerator.num_processes
+        if len(states) == count:
+            self.mean.load_state_dict(means[number] if isinstance(means, list) else means, self.device)
+            set_rng_state(states[number])
+            return
+        seed_all(mix(self.seed, 6, self.step, number))  # the random states of others fit nobody
+        if self.accelerator.is_main_process:
+            print(
+                f"step {self.step} was saved by {len(states)} process(es), this run has {count}: a step has "
+                f"{self.samples_per_step} samples, and random numbers are drawn anew"
+            )
 
 
 def _parameters(model: nn.Module, part: str, parts: tuple[str, ...]) -> dict[str, nn.Parameter]:
