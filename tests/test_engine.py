@@ -1,6 +1,7 @@
 """The training loop: gradients of parts, accumulation, two processes, precision, stops, logs, and the order of data."""
 
 import functools
+import gc
 import itertools
 import os
 import random
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch import Tensor, nn
@@ -803,6 +805,44 @@ def test_a_terminal_gets_a_progress_bar(tmp_path: Path, monkeypatch: pytest.Monk
     assert "3/3" in shown
     assert "step 1/3" not in shown
     assert [entry["step"] for entry in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+class Pictures:
+    """13 items of a megabyte."""
+
+    def __len__(self) -> int:
+        return 13
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"x": torch.full((512, 512), float(index))}
+
+
+def test_workers_keep_their_memory_and_files_over_fifty_epochs():
+    process = psutil.Process()
+    before = set(process.children(recursive=True))
+    batches = iter(make_loader(Data(Pictures(), 4, num_workers=2), ShuffleSampler(13, batch_size=4)))
+
+    def held() -> list[tuple[float, int]]:
+        group = [process, *(child for child in process.children(recursive=True) if child not in before)]
+        return [(each.memory_info().rss / 2**20, each.num_fds()) for each in group]
+
+    seen = {}
+    for epoch in range(1, 51):
+        for _ in range(3):
+            next(batches)
+        if epoch in (10, 50):
+            gc.collect()
+            seen[epoch] = held()
+    assert len(seen[10]) == len(seen[50]) >= 3
+    for (memory, files), (memory_then, files_then) in zip(seen[50], seen[10]):
+        assert memory - memory_then < 30  # of 520 MB that went through since
+        assert files - files_then <= 8  # shared memory of batches that are under way
+    del batches
+    gc.collect()
+    gone = time.monotonic()
+    while set(process.children(recursive=True)) - before and time.monotonic() - gone < 30:
+        time.sleep(0.1)
+    assert not set(process.children(recursive=True)) - before
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

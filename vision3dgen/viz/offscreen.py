@@ -109,6 +109,8 @@ def check_ended(child: subprocess.Popen[bytes], folder: Path, done: int) -> None
     else:
         how = f"ended with status {child.returncode}"
     last = f": {lines[-1].strip()}" if lines else ""
+    if lines and lines[-1].startswith(("ImportError", "ModuleNotFoundError", "OSError")):
+        last += '; give it what it misses, or install it anew: pip install --force-reinstall "vision3dgen[viz]"'
     raise OffscreenError(f"Open3D's renderer {how} after {done} pictures{last}")
 
 
