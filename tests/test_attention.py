@@ -112,8 +112,8 @@ def copied(ours: nn.Module, theirs: nn.Module) -> nn.Module:
     with torch.no_grad():
         for index, parameter in enumerate(theirs.parameters()):
             parameter.add_(random(*parameter.shape, seed=index) * 0.1)
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    return ours.double()
+    ours.double().load_state_dict(theirs.state_dict(), strict=True)
+    return ours
 
 
 @pytest.mark.parametrize("sizes", [(6, 6), (5, 7), (6, 7)], ids=str)
