@@ -5,12 +5,13 @@ the smoothed color gradient, not a structured forest's; boxes are scored, and no
 """
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from scipy import ndimage, sparse
 from scipy.sparse.csgraph import dijkstra
 from torch import Tensor
@@ -20,6 +21,7 @@ from vision3dgen.ops.proposals import sliding_windows
 from vision3dgen.ops.suppression import nms
 
 _LEAST_AFFINITY = 0.05  # below it two groups are not one contour
+_LEAST_PRODUCT = 1e-3  # of affinities on a path: below it they are taken for none
 _NEAR = 2  # pixels between neighboring groups
 _AT_ONCE = 1 << 24  # box-group pairs
 
@@ -69,12 +71,12 @@ class EdgeBoxes:
         lengths = corners[:, 2:] - corners[:, :2]
         pixels = np.stack([np.rint(corners[:, axis]) for axis in range(4)], 1).astype(np.int64)
         pixels = np.clip(pixels, 0, [width, height, width, height])
-        first, last = _extents(contours.group, len(contours.weights))
+        places = _places(contours.group)
         held = np.zeros(len(corners))
         at_once = max(_AT_ONCE // max(len(contours.weights), 1), 1)
         for start in range(0, len(corners), at_once):
             part = slice(start, start + at_once)
-            held[part] = _held(pixels[part], first, last, contours)
+            held[part] = _held(pixels[part], places, contours)
         quarter = lengths / 4
         inner = np.rint(np.concatenate([corners[:, :2] + quarter, corners[:, 2:] - quarter], 1)).astype(np.int64)
         held -= _sum_inside(contours.strength, np.clip(inner, 0, [width, height, width, height]))
@@ -100,8 +102,14 @@ def edge_boxes(
         windows = sliding_windows((height, width), sides=sides or [16.0], ratios=(1 / 3, 0.58, 1.0, 1.73, 3.0))
     scores = method.scores(contours, windows)
     likely = (scores > 0).nonzero()[:, 0]
-    kept = likely[nms(windows[likely], scores[likely], overlap)[:count]]
-    return windows[kept], scores[kept]
+    likely = likely[scores[likely].argsort(descending=True, stable=True)]
+    looked_at = 4 * count  # the best: those behind can only come behind
+    while True:
+        best = likely[:looked_at]
+        kept = best[nms(windows[best], scores[best], overlap)[:count]]
+        if len(kept) == count or looked_at >= len(likely):
+            return windows[kept], scores[kept]
+        looked_at *= 2
 
 
 def _edges(
@@ -188,47 +196,38 @@ def _affinity(
     # The largest product is the shortest path of -log; a tiny length keeps an affinity of 1 from being no edge.
     lengths = np.maximum(-np.log(values[strong]), 1e-12)
     graph = sparse.coo_matrix((lengths, (i[strong], j[strong])), shape=(count, count)).tocsr()
-    return np.exp(-dijkstra(graph, directed=False))
+    found = np.exp(-dijkstra(graph, directed=False))
+    return np.where(found < _LEAST_PRODUCT, 0.0, found)
 
 
-def _extents(group: Int[np.ndarray, "H W"], count: int) -> tuple[Int[np.ndarray, "G 2"], Int[np.ndarray, "G 2"]]:
-    """The first column and row of each group, and those behind its last."""
-    places = ndimage.find_objects(group + 1, max_label=count)
-    first = np.array([(x.start, y.start) for y, x in places], dtype=np.int64).reshape(-1, 2)
-    return first, np.array([(x.stop, y.stop) for y, x in places], dtype=np.int64).reshape(-1, 2)
+def _places(group: Int[np.ndarray, "H W"]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The columns and rows of each group's pixels."""
+    y, x = np.nonzero(group >= 0)
+    order = np.argsort(group[y, x], kind="stable")
+    if not len(y):
+        return []
+    ends = np.cumsum(np.bincount(group[y, x]))[:-1]
+    return list(zip(np.split(x[order], ends), np.split(y[order], ends)))
 
 
 def _held(
-    pixels: Int[np.ndarray, "N 4"], first: Int[np.ndarray, "G 2"], last: Int[np.ndarray, "G 2"], contours: Contours
+    pixels: Int[np.ndarray, "N 4"], places: Sequence[tuple[np.ndarray, np.ndarray]], contours: Contours
 ) -> Float[np.ndarray, " N"]:
     """The weights in each box of the groups inside, as far as they are not linked to one that crosses the border."""
-    if not len(contours.weights):
-        return np.zeros(len(pixels))
-    low, high = pixels[:, None, :2], pixels[:, None, 2:]
-    inside = np.asarray(((first >= low) & (last <= high)).all(2))
-    crossing = _crosses(pixels, contours, inside)
-    linked = np.zeros(inside.shape)
-    for number in np.flatnonzero(crossing.any(0)):
-        rows = crossing[:, number]
-        linked[rows] = np.maximum(linked[rows], contours.affinity[number])
-    return ((1 - linked) * inside) @ contours.weights
-
-
-def _crosses(
-    pixels: Int[np.ndarray, "N 4"], contours: Contours, inside: Bool[np.ndarray, "N G"]
-) -> Bool[np.ndarray, "N G"]:
-    """Whether a group has pixels in the box and outside of it."""
-    touched = np.zeros_like(inside)
-    y, x = np.nonzero(contours.group >= 0)
-    order = np.argsort(contours.group[y, x], kind="stable")
-    y, x, own = y[order], x[order], contours.group[y, x][order]
-    starts = np.flatnonzero(np.r_[True, own[1:] != own[:-1]])
-    at_once = max(_AT_ONCE // max(len(y), 1), 1)
-    for start in range(0, len(pixels), at_once):
-        x0, y0, x1, y1 = pixels[start : start + at_once, :, None].transpose(1, 0, 2)
-        within = (x >= x0) & (x < x1) & (y >= y0) & (y < y1)
-        touched[start : start + at_once] = np.logical_or.reduceat(within, starts, axis=1)
-    return touched & ~inside
+    x0, y0, x1, y1 = np.ascontiguousarray(pixels.T)
+    inside = np.zeros((len(places), len(pixels)), dtype=bool)
+    linked = np.zeros(inside.shape, dtype=np.float32)
+    for number, (x, y) in enumerate(places):
+        left, top, right, bottom = x.min(), y.min(), x.max() + 1, y.max() + 1
+        inside[number] = (left >= x0) & (top >= y0) & (right <= x1) & (bottom <= y1)
+        meets = (left < x1) & (top < y1) & (right > x0) & (bottom > y0) & ~inside[number]
+        boxes = np.flatnonzero(meets)
+        held = (x >= x0[boxes, None]) & (x < x1[boxes, None]) & (y >= y0[boxes, None]) & (y < y1[boxes, None])
+        boxes = boxes[held.any(1)]  # the group has pixels in these, and others outside
+        reached = np.flatnonzero(contours.affinity[number])
+        place = np.ix_(reached, boxes)
+        linked[place] = np.maximum(linked[place], contours.affinity[number, reached, None].astype(np.float32))
+    return (contours.weights[:, None] * inside * (1 - linked)).sum(0)
 
 
 def _sum_inside(values: Float[np.ndarray, "H W"], boxes: Int[np.ndarray, "N 4"]) -> Float[np.ndarray, " N"]:
