@@ -364,7 +364,12 @@ class TestInTheBrowser:
 
     def test_a_shape_turns_and_the_truth_with_it(self, browsers, width):
         browser = browsers(width)
+        browser.evaluate("document.getElementById('sample').value = 0")  # whatever other tests have chosen
+        browser.evaluate("document.getElementById('sample').dispatchEvent(new Event('change'))")
+        browser.wait("document.getElementById('viewer').dataset.shown === 'chair/a one'")
         browser.evaluate("document.getElementById('left').scrollIntoView({block: 'center'})")
+        for side in ("left", "right"):
+            browser.wait(f"(document.getElementById('{side}')._fullLayout.scene || {{}})._scene")
         eye = "document.getElementById('{}')._fullLayout.scene._scene.getCamera().eye"
         before = [browser.evaluate(eye.format(side)) for side in ("left", "right")]
         box = browser.evaluate(
