@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from vision3dgen import config
-from vision3dgen.datasets import SplitManifest
+from vision3dgen.datasets import SplitManifest, load_cameras
 from vision3dgen.datasets.images import read_idx
 from vision3dgen.files import read_jsonl
 from vision3dgen.io import (
@@ -123,6 +123,18 @@ _SPLIT = {
 _IDX = b"\0\0\x08\x03" + struct.pack(">III", 2, 3, 4) + bytes(24)
 _PLY = "ply\nformat {} 1.0\nelement vertex {}\nproperty float x\nproperty float y\nproperty float z\nend_header\n"
 
+
+def _cameras() -> list[bytes]:
+    world = np.concatenate([np.eye(3), np.array([[0.0], [0.0], [2.0]])], axis=1)
+    matrix = np.array([[30.0, 0, 10.5], [0, 30.0, 10.5], [0, 0, 1]])
+    both = {
+        f"{kind}_{number}": value
+        for number in range(2)
+        for kind, value in (("world_mat", world), ("camera_mat", matrix))
+    }
+    return _written(".npz", lambda path: save_npz(path, **both))
+
+
 READERS: dict[str, Reader] = {
     "obj": Reader(".obj", load_mesh, lambda: [*_meshes(".obj"), b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1/1/1 2//2 -1\n"]),
     "off": Reader(".off", load_mesh, lambda: _meshes(".off"), (b"OFF\n1000000000000 1000000000000 0\n0 0 0\n",)),
@@ -139,6 +151,7 @@ READERS: dict[str, Reader] = {
     "xyz": Reader(".xyz", load_pointcloud, lambda: _clouds(".xyz")),
     "npz cloud": Reader(".npz", load_pointcloud, lambda: _clouds(".npz")),
     "npz": Reader(".npz", load_npz, _arrays),
+    "cameras": Reader(".npz", lambda path: load_cameras(path, 21), _cameras),
     "npy": Reader(
         ".npy", load_npy, lambda: _written(".npy", lambda path: save_npy(path, np.arange(6.0).reshape(2, 3))),
         (_npy("(1000000000000,)"), _npy("(-1, 2)"), _npy("(10**12,)")),

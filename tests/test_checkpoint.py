@@ -151,27 +151,41 @@ def test_saving_over_a_damaged_checkpoint(tmp_path: Path):
     assert stored(tmp_path) == ["step_00000002", "step_00000003"]
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT], ids=errno.errorcode.get)
 @pytest.mark.parametrize("call", range(5))  # the syncs of three files, of their folder, and of the folder around it
 def test_full_disk_at_any_sync_leaves_the_earlier_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int, number: int
 ):
     save(tmp_path, 1)
     calls = iter(range(100))
 
     def full(descriptor: int) -> None:
         if next(calls) == call:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"could not write checkpoint .*step_00000002 .*intact.*No space left") as caught:
+    words = rf"could not write checkpoint .*step_00000002 .*intact.*{os.strerror(number)}"
+    with pytest.raises(OSError, match=words) as caught:
         save(tmp_path, 2)
     # The last sync is that of the parent folder, after the rename: the new checkpoint is then whole and in place.
-    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.errno == number
     found = checkpoint.latest(tmp_path)
     assert found is not None
     assert found.name == ("step_00000002" if call == 4 else "step_00000001")
     assert not [name for name in stored(tmp_path) if name.startswith(".")]
     checkpoint.load(found, tiny())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes where it likes")
+def test_a_folder_that_may_not_be_written_keeps_its_checkpoint(tmp_path: Path):
+    save(tmp_path, 1)
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(PermissionError, match="could not write checkpoint"):
+            save(tmp_path, 2)
+    finally:
+        tmp_path.chmod(0o700)
+    checkpoint.load(checkpoint.latest(tmp_path), tiny())
 
 
 @pytest.mark.parametrize("ema", [None, nn.Linear(100, 100)])
