@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from vision3dgen.doctor import environment
+from vision3dgen.ops import backends
+
 PACKAGES = (
     "h5py", "huggingface_hub", "imageio_ffmpeg", "matplotlib", "open3d", "plotly", "pytorch3d", "ray", "tensorboard",
     "torchvision", "triton",
@@ -100,3 +103,19 @@ def test_everything_imports_and_errors_name_the_extra(kind, tmp_path):
     for name, (_, line) in USES.items():
         assert line in found[name], (name, found[name])
         assert found[name].startswith(("ImportError", "OffscreenError")), (name, found[name])
+
+
+def test_a_broken_triton_says_how_to_be_mended(monkeypatch):
+    """On CUDA only; no silent change to slower operators, and the doctor names it."""
+    monkeypatch.setattr(backends, "HAS_TRITON", True)
+    monkeypatch.setattr(environment, "HAS_TRITON", True)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    backends.import_triton.cache_clear()
+    assert backends.triton_runs_on("cpu") is False
+    with pytest.raises(ImportError, match="pip install --force-reinstall triton, or pip uninstall triton"):
+        backends.triton_runs_on("cuda")
+    (finding,) = environment.check_triton()
+    assert finding.verdict == "fail"
+    assert "does not import" in finding.message
+    assert finding.fix is not None
+    assert finding.fix.startswith("pip install --force-reinstall triton")

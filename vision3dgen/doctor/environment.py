@@ -22,7 +22,7 @@ from packaging.specifiers import SpecifierSet
 
 from vision3dgen import __version__
 from vision3dgen.doctor.finding import Finding
-from vision3dgen.ops.backends import HAS_TRITON
+from vision3dgen.ops.backends import HAS_TRITON, import_triton
 from vision3dgen.viz import offscreen
 from vision3dgen.viz.window import has_display
 
@@ -116,6 +116,11 @@ def check_cuda() -> list[Finding]:
 
 def check_triton() -> list[Finding]:
     if HAS_TRITON:
+        try:
+            import_triton()
+        except ImportError as error:
+            why, fix = str(error).split(": pip install", 1)
+            return [Finding("triton", "fail", why, f"pip install{fix}")]
         return [Finding("triton", "ok", f"{_version('triton')}: kernels for neighbors and farthest points on CUDA")]
     if torch.cuda.is_available():
         return [Finding("triton", "warn", "not installed: on CUDA, neighbors run slower", "pip install triton")]

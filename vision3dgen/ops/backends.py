@@ -72,10 +72,30 @@ def import_pytorch3d(module: str) -> Any:
 
 
 def triton_runs_on(device_type: str) -> bool:
-    """Whether tensors on this device go to the Triton kernels of `vision3dgen.ops.kernels`."""
-    if device_type == "cuda" and not HAS_TRITON and not torch.compiler.is_compiling():
-        _say_triton_is_missing()
-    return device_type == "cuda" and HAS_TRITON
+    """Whether tensors on this device go to the Triton kernels of `vision3dgen.ops.kernels`.
+
+    Raises ImportError, saying how to mend it, where Triton is installed and does not import.
+    """
+    if device_type != "cuda":
+        return False
+    if not torch.compiler.is_compiling():
+        if HAS_TRITON:
+            import_triton()
+        else:
+            _say_triton_is_missing()
+    return HAS_TRITON
+
+
+@functools.cache
+def import_triton() -> Any:
+    """The triton module; an ImportError with the pip line where it is broken, never a silent change of speed."""
+    try:
+        return importlib.import_module("triton")
+    except Exception as error:  # a package of compiled code fails in its own ways
+        raise ImportError(
+            f"triton is installed and does not import ({error}): pip install --force-reinstall triton, "
+            "or pip uninstall triton to run on plain torch, slower"
+        ) from error
 
 
 @functools.cache
