@@ -83,6 +83,18 @@ def test_training_twice_into_one_folder_is_an_error(folder, capsys):
     assert "another configuration" in capsys.readouterr().err
 
 
+def test_a_configuration_that_came_to_nothing_is_replaced(folder, tmp_path):
+    """A run stopped by its own configuration does not keep the folder from the mended one; what it left does."""
+    first, second = load(folder / "config.yaml", ["trainer.steps=1"]), load(folder / "config.yaml", ["trainer.steps=2"])
+    Run.create(tmp_path, first)
+    (tmp_path / "environment.json").write_text("{}")
+    assert load(Run.create(tmp_path, second).folder / "config.yaml") == second
+    (tmp_path / "faults").mkdir()
+    with pytest.raises(ConfigError, match="another configuration"):
+        Run.create(tmp_path, first)
+    assert load(tmp_path / "config.yaml") == second
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["{name: voxels, resolution: 32, width: 4}"])
 def test_the_other_heads_train_by_override(folder, tmp_path, head):

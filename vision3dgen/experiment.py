@@ -269,6 +269,9 @@ def build_parts(node: Any, table: Mapping[str, Callable[..., Any]], /, *, where:
     return build(_without(node, *parts), table, where=where, **parts, **given)
 
 
+STARTED = {"config.yaml", "environment.json"}  # what is in a run folder before anything came of it
+
+
 @dataclass(frozen=True)
 class Run:
     """A run folder and the experiment in it."""
@@ -278,13 +281,16 @@ class Run:
 
     @staticmethod
     def create(folder: str | os.PathLike[str], config: Config) -> "Run":
-        """A new folder, or an old one with the same configuration; another configuration there is an error."""
+        """A new folder, or an old one with the same configuration.
+
+        Another configuration there is replaced if nothing came of it, else it is an error.
+        """
         experiment = construct(Experiment, config)
         experiment.check()
         folder = Path(folder)
         path = folder / "config.yaml"
         with engine.main_process_first():
-            if path.exists() and load(path) != config:
+            if path.exists() and load(path) != config and {each.name for each in folder.iterdir()} - STARTED:
                 raise ConfigError(f"{path} holds another configuration than the one given; choose another run folder")
             folder.mkdir(parents=True, exist_ok=True)
             save(config, path)
