@@ -35,11 +35,12 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from PIL import Image
 
 from tests.readers import READERS, attempt
 from vision3dgen.engine import checkpoint
 from vision3dgen.files import atomic_write, read_jsonl
-from vision3dgen.io import load_npz, read_image
+from vision3dgen.io import load_npz
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, "-c", "import sys; from vision3dgen.cli import main; sys.exit(main())"]
@@ -65,6 +66,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100, help="in all (default: 100)")
     parser.add_argument("--files", type=int, default=2000, help="damaged files for each reader (default: 2000)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--works", nargs="+", metavar="NAME", help="kill these only (default: all)")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     text, sound = "", True
@@ -127,6 +129,9 @@ def kill_table(options: argparse.Namespace) -> tuple[str, bool]:
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     todo = works(folder)
+    if unknown := set(options.works or ()) - set(todo):
+        sys.exit(f"unknown works {', '.join(sorted(unknown))}; choose from {', '.join(todo)}")
+    todo = {name: work for name, work in todo.items() if options.works is None or name in options.works}
     for name, work in todo.items():
         undisturbed = folder / f"{name}_undisturbed"
         shutil.rmtree(undisturbed, ignore_errors=True)
@@ -223,7 +228,7 @@ def without_clock(value: Any) -> Any:
 CHECKS: dict[str, Callable[[Path], Any]] = {
     ".json": lambda path: json.loads(path.read_text()),
     ".npz": load_npz,
-    ".png": read_image,
+    ".png": lambda path: Image.open(path).load(),  # of any depth
     ".html": lambda path: path.read_text().rstrip().endswith("</html>") or 1 / 0,
 }
 
