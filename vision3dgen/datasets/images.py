@@ -174,7 +174,10 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
     if len(data) != expected:
         found = f"{len(data)}" if len(data) < expected else "more"
         raise FileError(f"{path}: the header says {shape}, which is {expected} bytes of values, the file has {found}")
-    return np.frombuffer(data, kind).reshape(shape).astype(kind.newbyteorder("="))
+    try:
+        return np.frombuffer(data, kind).reshape(shape).astype(kind.newbyteorder("="))
+    except ValueError as error:  # an axis of 0, and others too long for any array
+        raise FileError(f"{path}: the header says {shape}: {error}") from error
 
 
 def _read_at_most(file: Any, count: int) -> bytes:

@@ -110,9 +110,9 @@ def _beside(path: Path, name: str) -> Path | None:
     """The file an OBJ names, if it is there and inside the OBJ's folder."""
     try:
         found = safe_join(path.parent, name.replace("\\", "/"))
-    except FileError:
+        return found if found.is_file() else None
+    except (FileError, OSError):  # a name that is no file's: out of the folder, or longer than names can be
         return None
-    return found if found.is_file() else None
 
 
 def format_obj(
