@@ -49,7 +49,7 @@ TRAIN = [
     "prepare=null", "trainer.steps=40", "trainer.record.checkpoint_every=5", "trainer.validation.every=10",
     "loader.batch_size=4",
 ]  # fmt: skip
-SPACE = "lr: {log_uniform: [1e-4, 1e-2]}\n"
+SPACE = "trainer.optimizer.lr: {log_uniform: [1e-4, 1e-2]}\n"
 
 
 class Work(NamedTuple):
@@ -104,8 +104,9 @@ def works(folder: Path) -> dict[str, Work]:
     }
     if importlib.util.find_spec("ray") is not None:
         (folder / "nothing" / "space.yaml").write_text(SPACE)
-        sweep = ["sweep", config, "--preset", "tiny", "--out", "run", *TRAIN, f"data.root={data}"]
-        found["sweep"] = Work(sweep, "nothing", "run")
+        sweep = ["sweep", config, "--preset", "tiny", "--space", "space.yaml", "--trials", "2", "--out", "run"]
+        sweep += [*TRAIN, f"data.root={data}"]
+        found["sweep"] = Work(sweep, "nothing", "run/trials")  # what Ray keeps beside has random names
     return found
 
 
