@@ -106,7 +106,7 @@ def works(folder: Path) -> dict[str, Work]:
         (folder / "nothing" / "space.yaml").write_text(SPACE)
         sweep = ["sweep", config, "--preset", "tiny", "--space", "space.yaml", "--trials", "2", "--out", "run"]
         sweep += [*TRAIN, f"data.root={data}"]
-        found["sweep"] = Work(sweep, "nothing", "run/trials")  # what Ray keeps beside has random names
+        found["sweep"] = Work(sweep, "nothing", "run")
     return found
 
 
@@ -180,7 +180,7 @@ def killed(command: list[str], folder: Path, after: float) -> bool:
 
 
 def content(path: Path) -> dict[str, str]:
-    """A hash of every file, without what the clock wrote; hidden ones are leftovers and do not count."""
+    """A hash of every file, without what the clock wrote; hidden ones are leftovers, those in `ray` are Ray's own."""
     if path.is_file():
         return {path.name: digest(path)}
     return {str(file.relative_to(path)): digest(file) for file in files_of(path)}
@@ -188,7 +188,8 @@ def content(path: Path) -> dict[str, str]:
 
 def files_of(folder: Path) -> Iterator[Path]:
     for file in sorted(folder.rglob("*")):
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts):
+        parts = file.relative_to(folder).parts
+        if file.is_file() and "ray" not in parts and not any(part.startswith(".") for part in parts):
             yield file
 
 
