@@ -179,12 +179,13 @@ def test_full_disk_at_any_sync_leaves_the_earlier_checkpoint(
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes where it likes")
 def test_a_folder_that_may_not_be_written_keeps_its_checkpoint(tmp_path: Path):
     save(tmp_path, 1)
-    tmp_path.chmod(0o500)
+    folder = tmp_path / "checkpoints"
+    folder.chmod(0o500)
     try:
         with pytest.raises(PermissionError, match="could not write checkpoint"):
             save(tmp_path, 2)
     finally:
-        tmp_path.chmod(0o700)
+        folder.chmod(0o700)
     checkpoint.load(checkpoint.latest(tmp_path), tiny())
 
 
