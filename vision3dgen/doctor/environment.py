@@ -22,7 +22,7 @@ from packaging.specifiers import SpecifierSet
 
 from vision3dgen import __version__
 from vision3dgen.doctor.finding import Finding
-from vision3dgen.ops.backends import HAS_TRITON, import_triton
+from vision3dgen.ops.backends import HAS_TRITON, MEND_TRITON, import_triton
 from vision3dgen.viz import offscreen
 from vision3dgen.viz.window import has_display
 
@@ -119,8 +119,7 @@ def check_triton() -> list[Finding]:
         try:
             import_triton()
         except ImportError as error:
-            why, fix = str(error).split(": pip install", 1)
-            return [Finding("triton", "fail", why, f"pip install{fix}")]
+            return [Finding("triton", "fail", f"installed and does not import: {error.__cause__}", MEND_TRITON)]
         return [Finding("triton", "ok", f"{_version('triton')}: kernels for neighbors and farthest points on CUDA")]
     if torch.cuda.is_available():
         return [Finding("triton", "warn", "not installed: on CUDA, neighbors run slower", "pip install triton")]

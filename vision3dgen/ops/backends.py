@@ -21,6 +21,7 @@ from vision3dgen.checks import check_choice
 
 BACKENDS = ("torch", "pytorch3d", "torchvision")
 INSTALL = {"pytorch3d": 'pip install "vision3dgen[pytorch3d]"', "torchvision": "pip install torchvision"}
+MEND_TRITON = "pip install --force-reinstall triton, or pip uninstall triton to run on plain torch, slower"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 _log = logging.getLogger(__name__)
 _chosen = "torch"  # for the whole process: torch.compile traces a global, not a ContextVar
@@ -92,10 +93,7 @@ def import_triton() -> Any:
     try:
         return importlib.import_module("triton")
     except Exception as error:  # a package of compiled code fails in its own ways
-        raise ImportError(
-            f"triton is installed and does not import ({error}): pip install --force-reinstall triton, "
-            "or pip uninstall triton to run on plain torch, slower"
-        ) from error
+        raise ImportError(f"triton is installed and does not import ({error}): {MEND_TRITON}") from error
 
 
 @functools.cache
