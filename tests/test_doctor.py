@@ -1,5 +1,6 @@
 """Doctor: each fault it should find is planted, and sound things are called sound."""
 
+import copy
 import json
 import re
 from importlib import metadata
@@ -308,6 +309,45 @@ def test_memory_by_batch_size_is_linear(tmp_path, monkeypatch):
     assert found.values["largest_batch"] == pytest.approx(rest / found.values["bytes_per_item"], rel=1e-3)
     monkeypatch.setattr(training, "_free_bytes", lambda device: 10)
     assert training.check_memory(subject("", tmp_path))[0].verdict == "warn"
+
+
+class Normalized(nn.Module):
+    """Maps of 2 x 2 under batch normalization, which in training and in evaluation are not quite the same network."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.first, self.norm, self.out = nn.Conv2d(1, 8, 1), norm, nn.Linear(8, 10)
+
+    def loss(self, batch: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+        maps = self.first(batch["x"][:, None, None, :4].unflatten(3, (2, 2))[:, :, 0])
+        return {"loss": F.cross_entropy(self.out(self.norm(maps).mean((2, 3))), batch["label"])}
+
+
+@pytest.mark.parametrize(
+    "norm, batch_size, verdict, part",
+    [
+        (nn.BatchNorm2d(8), 16, "warn", "variances are up to 1.6% larger"),
+        (nn.BatchNorm2d(8), 25, "ok", "of 100 values a channel or more (norm)"),
+        (nn.BatchNorm2d(8, track_running_stats=False), 16, "info", "no layer"),
+        (nn.GroupNorm(2, 8), 16, "info", "no layer"),
+    ],
+)
+def test_batch_normalization_of_few_values_is_a_warning(tmp_path, norm, batch_size, verdict, part):
+    trainer = Trainer(Normalized(norm), Data(Items(), batch_size), tmp_path, optimizer=Optimizer("adam"), steps=10)
+    before = copy.deepcopy(trainer.model.state_dict())
+    held = Subject(Experiment({}, {}, {}, Loader(batch_size)), trainer)
+    (found,) = training.check_normalization(held)
+    assert found.verdict == verdict
+    assert part in found.message
+    if verdict == "warn":
+        assert found.values == {"values": {"norm": 64}}
+        maps = 1e3 * torch.randn(16, 8, 2, 2, dtype=torch.float64)
+        once = nn.BatchNorm2d(8, momentum=1.0, dtype=torch.float64)
+        with torch.no_grad():
+            ratio = once.train()(maps).var() / once.eval()(maps).var()
+        assert float(ratio) == pytest.approx(64 / 63, rel=1e-9)  # what the warning says, by torch itself
+    after = trainer.model.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
 CONFIG = """\

@@ -1,4 +1,4 @@
-"""A configured experiment: initial loss, overfitting, learning-rate range, data loading, memory, receptive field."""
+"""A configured experiment: its initial loss, overfitting, learning rate, data loading, memory, normalization, maps."""
 
 import itertools
 import os
@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from vision3dgen.backbones import Backbone
 from vision3dgen.config import construct
@@ -41,6 +42,7 @@ from vision3dgen.viz import PALETTE, figure_of, save_figure
 
 INITIAL_TOLERANCE = 0.5  # of the theoretical value
 OVERFIT_FRACTION = 0.2  # of the initial loss
+FEW_VALUES = 100  # of a channel, from which batch normalization differs by 1 % between training and evaluation
 SHOWN = 6  # names of parameters in a message; all are in the values
 MIB = 2**20
 
@@ -327,6 +329,42 @@ def check_receptive_field(subject: Subject) -> list[Finding]:
     return [Finding("receptive field", "info", "\n".join(rows), values=values)]
 
 
+def check_normalization(subject: Subject) -> list[Finding]:
+    """Values of a channel that each batch normalization sees in a training batch.
+
+    Training divides by their variance, evaluation by a running one of n - 1 in the denominator (torch.nn.BatchNorm2d):
+    of few values, the two networks differ, and what training shows is not what evaluation gets.
+    """
+    trainer, name = subject.trainer, "normalization"
+    counts: dict[str, int] = {}
+
+    def count(layer: str, x: Tensor) -> None:
+        counts[layer] = min(x.numel() // max(x.shape[1], 1), counts.get(layer, x.numel()))
+
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs, layer=layer: count(layer, inputs[0]))
+        for layer, module in trainer.model.named_modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats
+    ]
+    try:
+        if hooks:
+            initial_losses(trainer, [next(subject.batches())])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not counts:
+        return [Finding(name, "info", "no layer keeps statistics of its batches")]
+    least = min(counts, key=lambda layer: counts[layer])
+    few = [layer for layer, values in counts.items() if values < FEW_VALUES]
+    text = f"{len(counts)} layers keep statistics of batches, of {counts[least]:,} values a channel or more ({least})"
+    if not few:
+        return [Finding(name, "ok", text, values={"values": counts})]
+    more = counts[least] / max(counts[least] - 1, 1) - 1
+    text += f"\n{len(few)} of fewer than {FEW_VALUES}: in evaluation variances are up to {more:.1%} larger"
+    fix = "larger batches or images, finer last maps (stem: small, dilated), or a normalization without batches"
+    return [Finding(name, "warn", text, fix, {"values": counts})]
+
+
 TRAINING_CHECKS: list[Callable[[Subject], list[Finding]]] = [
     check_model,
     check_initial_loss,
@@ -334,6 +372,7 @@ TRAINING_CHECKS: list[Callable[[Subject], list[Finding]]] = [
     check_learning_rate,
     check_data_loading,
     check_memory,
+    check_normalization,
     check_receptive_field,
 ]
 
