@@ -338,11 +338,12 @@ def check_normalization(subject: Subject) -> list[Finding]:
     trainer, name = subject.trainer, "normalization"
     counts: dict[str, int] = {}
 
-    def count(layer: str, x: Tensor) -> None:
-        counts[layer] = min(x.numel() // max(x.shape[1], 1), counts.get(layer, x.numel()))
+    def count(layer: str, module: nn.Module, x: Tensor) -> None:
+        if module.training:  # frozen ones use their running statistics in training too
+            counts[layer] = min(x.numel() // max(x.shape[1], 1), counts.get(layer, x.numel()))
 
     hooks = [
-        module.register_forward_pre_hook(lambda _, inputs, layer=layer: count(layer, inputs[0]))
+        module.register_forward_pre_hook(lambda module, inputs, layer=layer: count(layer, module, inputs[0]))
         for layer, module in trainer.model.named_modules()
         if isinstance(module, _BatchNorm) and module.track_running_stats
     ]
