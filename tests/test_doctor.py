@@ -350,6 +350,13 @@ def test_batch_normalization_of_few_values_is_a_warning(tmp_path, norm, batch_si
     assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
+def test_frozen_normalization_is_the_same_network_in_training(tmp_path):
+    optimizer = Optimizer("adam", frozen=["norm"])
+    trainer = Trainer(Normalized(nn.BatchNorm2d(8)), Data(Items(), 16), tmp_path, optimizer=optimizer, steps=10)
+    (found,) = training.check_normalization(Subject(Experiment({}, {}, {}, Loader(16)), trainer))
+    assert found.verdict == "info"
+
+
 CONFIG = """\
 prepare: {name: procedural, root: ROOT, shapes_per_category: 3, categories: [table, sofa], views: 2, points: 500}
 data: {name: shapenet, root: "${prepare.root}", image_size: 32, points_per_item: 64, cache: true,
